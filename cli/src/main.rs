@@ -42,6 +42,7 @@
 mod args;
 mod blocks;
 mod commands;
+mod counterparts;
 mod exit;
 mod facts;
 mod layers;

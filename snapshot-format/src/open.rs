@@ -191,18 +191,18 @@ pub(crate) fn header_page_size(store: &dyn Store) -> Result<Option<u32>, OpenErr
     Ok(header.map(|header| header.page_size.get()))
 }
 
-/// Returns the snapshot ID in the first bytes of a file; nothing if it doesn't begin like a
-/// snapshot. Only a hint: the trailer decides.
-pub(crate) fn id_in_header(store: &dyn Store) -> Option<SnapshotId> {
-    const LEN: usize = std::mem::offset_of!(RawHeader, reserved);
+/// Returns the snapshot ID in the header of a file, if the file begins like a snapshot, and whether
+/// the header is intact. Only a hint: the trailer decides. Returns nothing for a file that is
+/// shorter than a header.
+pub(crate) fn id_in_header(store: &dyn Store) -> Option<(Option<SnapshotId>, bool)> {
     let mut bytes = [0; HEADER_BYTES];
-    store
-        .read_exact_at(&mut bytes[..LEN], 0, Reason::Open)
-        .ok()?;
+    store.read_exact_at(&mut bytes, 0, Reason::Open).ok()?;
     let header = RawHeader::ref_from_bytes(&bytes).ok()?;
-    bytes
-        .starts_with(&HEADER_MAGIC)
-        .then_some(SnapshotId(header.snapshot_id))
+    if !bytes.starts_with(&HEADER_MAGIC) {
+        return Some((None, false));
+    }
+    let is_intact = check_header_crc(header, &bytes).is_ok();
+    Some((Some(SnapshotId(header.snapshot_id)), is_intact))
 }
 
 /// Compares the header, the first bytes of the file, with the trailer: for the verifier.

@@ -6,6 +6,8 @@ mod common;
 mod counting;
 #[path = "children/rewritten.rs"]
 mod rewritten;
+#[path = "children/shifted.rs"]
+mod shifted;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -232,8 +234,14 @@ fn unchanged_memory_is_stored_in_the_base_alone() {
             .collect();
         assert_eq!(ids, [base.written.id]);
     }
-    // Nothing is known of where it was, and nothing of the base is used.
+    // Nothing is known of where it was, but digests of blocks tell.
     let other = write(&base.memory, Some((&base, How::Unrelated)), options());
+    assert_eq!(check(&other), 1100);
+    let summary = other.written.summary;
+    assert_eq!((summary.frames, summary.index_bytes), (0, 0));
+    // Of other memory, nothing of the base is used.
+    let memory = vec![data(5000..6100)];
+    let other = write(&memory, Some((&base, How::Full)), options());
     assert_eq!(check(&other), 0);
     assert!(other.snapshot.ancestors().is_empty());
     assert_eq!(other.written.summary.stored_pages, 1100);
@@ -326,7 +334,7 @@ fn pages_that_the_base_does_not_have_are_refused() {
         "89 from its page 512 on, where its region has 88 more",
     );
     refused(Some(1024), 1, "has 0 more");
-    refused(Some(1), 1, "a multiple of 512");
+    refused(Some(1), 600, "600 from its page 1 on");
     refused(None, 1, "RegionSpec::base_page");
     refused(Some(u64::MAX - 511), 1, "has 0 more");
     let mut alone = Writer::new(Vec::new(), options()).expect("writer");

@@ -252,6 +252,32 @@ fn ancestors_are_found_by_id_under_any_name() {
     assert_reads(&snapshot, &chain.c);
 }
 
+/// The trailer of a renamed file has its id, too.
+#[test]
+fn renamed_ancestor_with_a_damaged_header_is_found() {
+    let chain = three();
+    let id = offset_of!(RawHeader, snapshot_id);
+    for at in [0, id, id + 15, offset_of!(RawHeader, crc)] {
+        let files = folder(&[&chain.a, &chain.b, &chain.c]);
+        let mut bytes = chain.a.bytes.clone();
+        // Another file of the length, without a trailer, is no error.
+        std::fs::write(files.path().join("0"), vec![1; bytes.len()]).expect("write");
+        bytes[at] ^= 1;
+        std::fs::remove_file(files.path().join("a.snap")).expect("remove");
+        std::fs::write(files.path().join("renamed"), &bytes).expect("write");
+        let path = files.path().join("c.snap");
+        assert_reads(&Snapshot::open_path(&path).expect("open"), &chain.c);
+        // Without a trailer nothing tells.
+        let end = bytes.len() - 1;
+        bytes[end] ^= 1;
+        std::fs::write(files.path().join("renamed"), &bytes).expect("write");
+        let error = Snapshot::open_path(&path).expect_err("not found");
+        let is_missing = matches!(error, OpenError::AncestorMissing { .. });
+        let has_id = !(id..id + 16).contains(&at) && at != 0;
+        assert!(is_missing != has_id, "{at}: {error}");
+    }
+}
+
 fn nix_mkfifo(path: &Path) {
     let status = std::process::Command::new("mkfifo").arg(path).status();
     assert!(status.expect("mkfifo").success());

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::fmt;
 use std::fs::File;
 use std::io::Read as _;
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::Arc;
@@ -17,13 +17,15 @@ use snapshot_format::layout::{
     MAX_ANCESTORS, MAX_BLOBS, MAX_DICTIONARY_BYTES, MAX_NAME_BYTES, PAGE_SIZE, PAGE_SIZE_U64,
 };
 use snapshot_format::{
-    Dictionary, FileStore, RegionSpec, Snapshot, Writer, WriterOptions, Written, dictionary,
+    Dictionary, FileStore, RegionSpec, Snapshot, WriteError, Writer, WriterOptions, Written,
+    dictionary,
 };
 
 use snaprestore_uffd::memory::Mapping;
 
 use super::flatten::{self, RewriteFacts};
 use crate::args::{self, Holes};
+use crate::counterparts::{Counterpart, Counterparts};
 use crate::exit::{Exit, Refusal};
 use crate::facts::Facts;
 use crate::layers;
@@ -425,8 +427,11 @@ impl WriteSettings {
         Ok(SnapshotSink {
             writer,
             base: self.base.clone(),
-            counterpart: None,
+            counterparts: Counterparts::new(self.base.as_deref()),
+            region: (String::new(), 0),
             pages: 0,
+            there: Counterpart::default(),
+            first_counterparts: 0,
             compared_pages: 0,
             has_holes: false,
         })
@@ -515,11 +520,16 @@ fn read_dictionary(path: &Path) -> Result<Vec<u8>> {
 pub(crate) struct SnapshotSink {
     writer: Writer<Target>,
     base: Option<Arc<Snapshot>>,
-    /// The base's region that corresponds to the region being written.
-    counterpart: Option<snapshot_format::Region>,
+    counterparts: Counterparts,
+    /// Name and start of the region.
+    region: (String, u64),
     /// Number of pages of the region so far.
     pages: u64,
-    /// Number of the base's pages that have a counterpart in the regions before.
+    /// Counterpart of the next pages.
+    there: Counterpart,
+    /// Number of consecutive pages of the base that correspond to the first pages of the region.
+    first_counterparts: u64,
+    /// Number of pages that have a counterpart in the base.
     compared_pages: u64,
     /// Whether the base's pages were taken for holes.
     has_holes: bool,
@@ -565,21 +575,46 @@ impl SnapshotSink {
         }))
     }
 
-    /// Counts the pages of the region that ends.
-    fn end_region(&mut self) {
-        let pages = std::mem::take(&mut self.pages);
-        let counterpart = self.counterpart.take();
-        self.compared_pages += counterpart.map_or(0, |region| region.pages.min(pages));
+    /// Writes the next `pages` pages with `write`, which gets a range of them at a time: those of
+    /// one region of the base, or without a counterpart.
+    fn write_parts(
+        &mut self,
+        pages: u64,
+        mut write: impl FnMut(&mut Writer<Target>, Range<u64>) -> Result<(), WriteError>,
+    ) -> Result<()> {
+        let mut done = 0;
+        while done < pages {
+            if self.there.pages == 0 {
+                self.there = self.counterpart();
+                self.writer.set_base_page(self.there.page)?;
+            }
+            let part = (pages - done).min(self.there.pages);
+            write(&mut self.writer, done..done + part)?;
+            if self.there.page.is_some() {
+                self.compared_pages += part;
+            }
+            self.there.pages -= part;
+            self.pages += part;
+            done += part;
+        }
+        Ok(())
+    }
+
+    /// Returns the counterpart of the next pages of the region.
+    fn counterpart(&self) -> Counterpart {
+        let (name, start) = &self.region;
+        // The address after the last page may be beyond the last address.
+        let address = start.wrapping_add(self.pages * PAGE_SIZE_U64);
+        self.counterparts.of(name, address)
     }
 
     /// Returns a remark about memory of the base that the new snapshot lacks.
-    fn base_remark(&mut self) -> Option<Remark> {
-        self.end_region();
+    fn base_remark(&self) -> Option<Remark> {
         let base = self.base.as_ref()?;
         let bytes = (base.summary().pages).saturating_sub(self.compared_pages) * PAGE_SIZE_U64;
         let why = if self.compared_pages == 0 {
-            ": no region of the source has the same start and name as one of the base, so nothing \
-             was compared"
+            ": no region of the source overlaps one of the same name in the base, so memory was \
+             only looked for by its content"
         } else {
             ": the source is smaller, or has other regions"
         };
@@ -621,56 +656,62 @@ impl SnapshotSink {
 
 impl Sink for SnapshotSink {
     fn region(&mut self, region: &Region) -> Result<()> {
-        self.end_region();
         let name = names::shortened(region.name.clone(), MAX_NAME_BYTES);
-        let regions = self.base.iter().flat_map(|base| base.regions());
-        self.counterpart = regions
-            .filter(|base| (base.space, base.start) == (0, region.start) && base.name == name)
-            .max_by_key(|base| base.pages)
-            .cloned();
+        self.region = (name.clone(), region.start);
+        self.pages = 0;
+        self.there = self.counterpart();
+        self.first_counterparts = self.there.page.map_or(0, |_| self.there.pages);
         Ok(self.writer.begin_region(&RegionSpec {
             space: 0,
             flags: region.flags,
             start: region.start,
             page_shift: region.page_shift,
             name,
-            base_page: self.counterpart.as_ref().map(|base| base.first_page),
+            base_page: self.there.page,
         })?)
     }
 
     fn pages(&mut self, bytes: &[u8]) -> Result<()> {
-        self.pages += (bytes.len() / PAGE_SIZE) as u64;
-        Ok(self.writer.write_pages(bytes)?)
+        let mut rest = bytes;
+        self.write_parts((bytes.len() / PAGE_SIZE) as u64, |writer, part| {
+            let count = usize::try_from(part.end - part.start).unwrap_or(usize::MAX);
+            let (now, later) = rest.split_at(count * PAGE_SIZE);
+            rest = later;
+            writer.write_pages(now)
+        })
     }
 
     fn zeros(&mut self, pages: u64) -> Result<()> {
-        self.pages += pages;
-        Ok(self.writer.write_fill(pages, 0)?)
+        self.write_parts(pages, |writer, part| {
+            writer.write_fill(part.end - part.start, 0)
+        })
     }
 
     fn unavailable(&mut self, pages: u64) -> Result<()> {
-        self.pages += pages;
-        Ok(self.writer.write_unavailable(pages)?)
+        self.write_parts(pages, |writer, part| {
+            writer.write_unavailable(part.end - part.start)
+        })
     }
 
     fn as_in_base(&mut self, pages: u64) -> Result<()> {
-        let first = self.pages;
-        self.pages += pages;
-        let there = self.counterpart.as_ref().map_or(0, |region| region.pages);
-        if self.pages > there {
+        let (first, there) = (self.pages, self.first_counterparts);
+        let end = first + pages;
+        if end > there {
             let base = self.base.as_ref().map_or("no base", |base| base.name());
             bail!(
                 "the diff is at least {} long, the memory of the base {base} {}; name the base \
                  that the diff was taken from (bytes {} to {} are a hole, which means \"as in the \
                  base\"); if the source is all of the memory: --holes zero; if the memory has \
                  grown, write the zeros of the new part into the file",
-                BinaryBytes(self.pages * PAGE_SIZE_U64),
+                BinaryBytes(end * PAGE_SIZE_U64),
                 BinaryBytes(there * PAGE_SIZE_U64),
                 first * PAGE_SIZE_U64,
-                self.pages * PAGE_SIZE_U64
+                end * PAGE_SIZE_U64
             );
         }
         self.has_holes = true;
-        Ok(self.writer.write_from_base(pages)?)
+        self.write_parts(pages, |writer, part| {
+            writer.write_from_base(part.end - part.start)
+        })
     }
 }

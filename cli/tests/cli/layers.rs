@@ -670,7 +670,7 @@ fn restore_names_the_file_of_a_damaged_frame() {
 }
 
 #[test]
-fn regions_of_cores_are_matched_by_start_and_name() {
+fn regions_of_cores_are_matched_by_address_and_name() {
     let folder = Folder::new();
     let load = |start, seed| Load {
         start,
@@ -707,8 +707,33 @@ fn regions_of_cores_are_matched_by_start_and_name() {
         &["create", "elsewhere", "--base", "base.snap", "-o", "n"],
     )
     .exits(0)
-    .says(&["warning:", "nothing was compared"]);
+    .says(&["warning:", "memory was only looked for by its content"]);
     run(&folder, &["verify", "n"]).exits(0);
+
+    // One region has grown at its start and its end, and the other has lost a page at its start and
+    // was split.
+    let page = PAGE as u64;
+    let memory = |start, bytes: &[u8]| Load {
+        start,
+        bytes: bytes.to_vec(),
+        memory_bytes: bytes.len() as u64,
+    };
+    let (grown, old) = (noise(5 * PAGE), Mix::new(40, 1).bytes());
+    let grown = [&grown[..3 * PAGE], &old, &grown[3 * PAGE..]].concat();
+    let rest = Mix::new(40, 2).bytes();
+    let loads = vec![
+        memory(low - 3 * page, &grown),
+        memory(high + page, &rest[PAGE..20 * PAGE]),
+        memory(high + 22 * page, &rest[22 * PAGE..]),
+    ];
+    folder.write("remapped", &core(loads).bytes());
+    let report = create(&folder, "remapped", "base.snap", "m", &[]);
+    assert_eq!(number(&report, "stored_pages"), 5, "{report}");
+    let plain = run(&folder, &["create", "remapped", "-o", "p", "--json"]).json();
+    assert_eq!(report["content_digest"], plain["content_digest"]);
+    let left_out = ("base.left_out_bytes".to_owned(), 3 * page);
+    assert!(remarks(&report).contains(&left_out), "{report}");
+    run(&folder, &["verify", "m"]).exits(0);
 }
 
 #[test]

@@ -153,23 +153,31 @@ pub trait Ancestors: fmt::Debug + Send + Sync {
 /// Folders with ancestors. Files are recognized by their id, so they may have any name.
 ///
 /// The folder of the referring file is searched first, then the given ones in order: first for the
-/// last known name in each, then for a file with the wanted id.
+/// last known name in each, then for a file with the wanted id. A file with a damaged header is
+/// found by its length, and the id of its trailer.
 #[derive(Debug, Default)]
 pub struct LayerFolders {
     folders: Vec<PathBuf>,
-    /// Files of each folder that was searched, by the id in their headers.
+    /// Content of each folder that was searched.
     known: Mutex<HashMap<PathBuf, KnownFolder>>,
 }
 
 /// The content of a folder.
 #[derive(Debug)]
 struct KnownFolder {
-    files: FilesById,
+    files: Files,
     /// When the folder had changed last, and when it was read. Unknown if it can't be queried.
     times: Option<(SystemTime, SystemTime)>,
 }
 
-type FilesById = HashMap<SnapshotId, Vec<PathBuf>>;
+/// The regular files of a folder that may be snapshots.
+#[derive(Debug, Default)]
+struct Files {
+    /// Those that begin like snapshots, by the id there.
+    by_id: HashMap<SnapshotId, Vec<PathBuf>>,
+    /// Those without an intact header, by their lengths.
+    by_length: HashMap<u64, Vec<PathBuf>>,
+}
 
 /// Age above which a change of a folder is certainly not in the same tick of the file system's
 /// clock as a later one.
@@ -180,7 +188,7 @@ impl KnownFolder {
         let changed = last_change(folder);
         Self {
             times: changed.map(|changed| (changed, SystemTime::now())),
-            files: ids_in(folder),
+            files: Files::of(folder),
         }
     }
 
@@ -215,39 +223,70 @@ impl LayerFolders {
             .chain(self.folders.iter().map(PathBuf::as_path))
     }
 
-    /// Returns the files in `folder` whose header has this id. The folder is read the first time
+    /// Returns the files in `folder` that may be the wanted one. The folder is read the first time
     /// and, if `again` is set, when it has changed.
-    fn by_id(&self, folder: &Path, id: SnapshotId, again: bool) -> Vec<PathBuf> {
+    fn candidates(&self, folder: &Path, wanted: &Ancestor, again: bool) -> Vec<(PathBuf, Hint)> {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let is_enough = |known: &KnownFolder| !again || known.is_current(folder);
         if !known.get(folder).is_some_and(is_enough) {
             known.insert(folder.to_owned(), KnownFolder::read(folder));
         }
-        let files = known.get(folder).and_then(|known| known.files.get(&id));
-        files.cloned().unwrap_or_default()
+        let Some(KnownFolder { files, .. }) = known.get(folder) else {
+            return Vec::new();
+        };
+        let by_id = files.by_id.get(&wanted.id).into_iter().flatten();
+        let by_length = files
+            .by_length
+            .get(&wanted.file_bytes)
+            .into_iter()
+            .flatten();
+        let by_id = by_id.map(|path| (path.clone(), Hint::Id));
+        let by_length = by_length.map(|path| (path.clone(), Hint::Length));
+        by_id.chain(by_length).collect()
     }
 }
 
-/// Returns the regular files of a folder that begin like snapshots, by the id there.
-fn ids_in(folder: &Path) -> FilesById {
-    let mut files = FilesById::new();
-    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-        let path = entry.path();
-        if !path.is_file() {
-            continue;
+/// Why a file may be the wanted one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Hint {
+    /// The file has the last known name.
+    Name,
+    /// Its header has the id.
+    Id,
+    /// Its header is damaged, or it is no snapshot, and it has the length.
+    Length,
+}
+
+impl Files {
+    fn of(folder: &Path) -> Self {
+        let mut files = Self::default();
+        for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+            let path = entry.path();
+            let Ok(metadata) = fs::metadata(&path) else {
+                continue;
+            };
+            if !metadata.is_file() {
+                continue;
+            }
+            let header = FileStore::open(&path)
+                .ok()
+                .and_then(|store| open::id_in_header(&store));
+            let Some((id, is_intact)) = header else {
+                continue;
+            };
+            if !is_intact {
+                let same = files.by_length.entry(metadata.len());
+                same.or_default().push(path.clone());
+            }
+            if let Some(id) = id {
+                files.by_id.entry(id).or_default().push(path);
+            }
         }
-        let id = FileStore::open(&path)
-            .ok()
-            .and_then(|store| open::id_in_header(&store));
-        if let Some(id) = id {
-            files.entry(id).or_default().push(path);
-        }
+        // The order in which a folder lists its files means nothing.
+        let lists = files.by_id.values_mut().chain(files.by_length.values_mut());
+        lists.for_each(|paths| paths.sort());
+        files
     }
-    // The order in which a folder lists its files means nothing.
-    for paths in files.values_mut() {
-        paths.sort();
-    }
-    files
 }
 
 /// Returns a name's path in `folder`, if the name is that of a file and not escaped. A file with an
@@ -264,18 +303,18 @@ impl Ancestors for LayerFolders {
         beside: Option<&Path>,
     ) -> Result<Option<Arc<Layer>>, OpenError> {
         let mut refused = None;
-        let mut found = |path: &Path, is_named: bool| {
+        let mut found = |path: &Path, hint: Hint| {
             let layer = Layer::open_path(path);
-            // Nothing, or a folder, has the last known name. Looking first would take a call more.
-            if layer.is_err() && is_named && !path.is_file() {
-                return None;
-            }
-            // A damaged header may have any id. Another file under the last known name is
-            // reported.
-            if let Ok(layer) = &layer
-                && layer.id() != wanted.id
-                && !is_named
-            {
+            let is_other = match &layer {
+                // A damaged header may have any id. Another file under the last known name is
+                // reported.
+                Ok(layer) => layer.id() != wanted.id && hint != Hint::Name,
+                // Nothing, or a folder, has the last known name. Looking first would take a call
+                // more.
+                Err(_) if hint == Hint::Name => !path.is_file(),
+                Err(_) => hint == Hint::Length,
+            };
+            if is_other {
                 return None;
             }
             let checked = layer.and_then(|layer| wanted.check(&layer).map(|()| layer));
@@ -289,14 +328,14 @@ impl Ancestors for LayerFolders {
         };
         for folder in self.all(beside) {
             let path = path_of(folder, &wanted.name);
-            if let Some(layer) = path.and_then(|path| found(&path, true)) {
+            if let Some(layer) = path.and_then(|path| found(&path, Hint::Name)) {
                 return Ok(Some(layer));
             }
         }
         for again in [false, true] {
             for folder in self.all(beside) {
-                let mut paths = self.by_id(folder, wanted.id, again).into_iter();
-                if let Some(layer) = paths.find_map(|path| found(&path, false)) {
+                let mut files = self.candidates(folder, wanted, again).into_iter();
+                if let Some(layer) = files.find_map(|(path, hint)| found(&path, hint)) {
                     return Ok(Some(layer));
                 }
             }

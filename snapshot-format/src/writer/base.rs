@@ -1,10 +1,16 @@
 //! The base of a layered snapshot: which of a block's pages it has already.
 //!
 //! ```text
-//! no page differs (block digests)      the whole block is the base's: nothing is decoded
-//! otherwise                            decode the frames of the base's block; pages that one of
-//!                                      them has lie there, the others are new
+//! a block of the base has the same digest    the whole block is the base's: nothing is decoded
+//! otherwise, see `matching`:
+//!     pages correspond to pages of the base  decode the frames of their blocks; pages that one of
+//!                                            them has lie there
+//!     many pages are left, all bytes given   look for content that moved
+//!     the others                             are new
 //! ```
+//!
+//! Which pages correspond is up to the caller. Those of one block may correspond to several
+//! stretches of the base, which need not begin where a block does.
 //!
 //! All of it runs on the pool, as a part of examining a block. Several blocks may name one frame:
 //! at their border, or because they share content. It is decoded once, and the digests of its pages
@@ -13,15 +19,17 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::error::Error as _;
 use std::hash::{BuildHasherDefault, Hasher};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::WriteError;
 use super::block::{Alike, BlockBuffer, Examined, Given, Seen, examine_pages, key};
 use super::dedup::Key;
+use super::matching::{LoadedBlocks, Samples, Stretch};
 use crate::digest::{self, Digest};
 use crate::error::ReadError;
 use crate::frame::FrameRef;
-use crate::index::{BlockRef, IndexBlock, Page};
+use crate::index::{BlockRef, IndexBlock, Page, Top};
 use crate::layout::{
     MAX_ANCESTORS, MAX_FRAME_SLOTS, PAGE_SIZE, PAGES_PER_BLOCK_U64, RawAncestorEntry, RawTopEntry,
     SectionKind, codec, top_kind,
@@ -30,7 +38,6 @@ use crate::names::escape_text;
 use crate::sections;
 use crate::snapshot::{FrameDecoder, Snapshot, name_property};
 use crate::store::Reason;
-use crate::types::Region;
 
 /// A snapshot that the new one refers to.
 pub(super) struct Base {
@@ -41,12 +48,16 @@ pub(super) struct Base {
     decoders: Mutex<Vec<Decoder>>,
     damage: Mutex<Option<BaseDamage>>,
     decoded: Mutex<DecodedFrames>,
+    /// Blocks that have an index block, in the order of their digests.
+    by_digest: OnceLock<Vec<u32>>,
+    pub(super) samples: Samples,
 }
 
 /// Damage in the base that made the child larger, but did not make it wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BaseDamage {
-    /// Number of blocks that were stored whole because the base's could not be read.
+    /// Number of blocks that were not compared with all that corresponds in the base, because it
+    /// could not be read.
     pub blocks: u64,
     /// The first damage that was found.
     pub first: String,
@@ -119,8 +130,8 @@ pub(super) struct Pages {
 /// uses any more have what the memory was before.
 #[derive(Clone)]
 pub(super) struct BaseFrame {
-    frame: FrameRef,
-    digests: Arc<[Digest]>,
+    pub(super) frame: FrameRef,
+    pub(super) digests: Arc<[Digest]>,
 }
 
 impl Base {
@@ -132,6 +143,8 @@ impl Base {
             decoders: Mutex::default(),
             damage: Mutex::default(),
             decoded: Mutex::default(),
+            by_digest: OnceLock::new(),
+            samples: Samples::default(),
         })
     }
 
@@ -151,19 +164,10 @@ impl Base {
         damage.blocks += 1;
     }
 
-    /// Checks that all these pages belong to one region of the base.
-    pub(super) fn check_pages(&self, first: u64, pages: u64) -> Result<(), WriteError> {
-        let region = sections::region_of(self.snapshot.regions(), first);
-        let there = region.map_or(first..first, Region::page_numbers);
-        if first.checked_add(pages).is_some_and(|end| end <= there.end) {
-            return Ok(());
-        }
-        let most = there.end - first;
-        Err(WriteError::argument(
-            "the number of pages as in the base",
-            format_args!("{pages} from its page {first} on, where its region has {most} more"),
-            "pages of one region of the base",
-        ))
+    /// Returns `page` and those after it in its region of the base; nothing if it has no region.
+    pub(super) fn pages_from(&self, page: u64) -> Range<u64> {
+        let region = sections::region_of(self.snapshot.regions(), page);
+        page..region.map_or(page, |region| region.page_numbers().end)
     }
 
     pub(super) fn snapshot(&self) -> &Arc<Snapshot> {
@@ -174,24 +178,40 @@ impl Base {
         self.digests.get(usize::try_from(block).ok()?).copied()
     }
 
-    /// Examines the pages of a block as [`super::block::examine`] does, and compares them with
-    /// block `number` of the base.
+    /// Returns how many of the base's blocks from `block` on have only pages of one fill, or only
+    /// unavailable ones, up to `most` blocks of 512 pages.
+    pub(super) fn uniform_run(&self, block: u64, most: u64) -> Option<(Alike, u64)> {
+        let end = self.snapshot.block_count().min(block.saturating_add(most));
+        let top = |block| self.snapshot.top(block);
+        let kind = (block < end).then(|| top(block))?;
+        let alike = match kind {
+            Top::Fill(word) => Alike::Fill(word),
+            Top::Unavailable => Alike::Unavailable,
+            Top::Block => return None,
+        };
+        let same = (block..end).take_while(|block| top(*block) == kind);
+        Some((alike, same.count() as u64))
+    }
+
+    /// Examines the pages of a block as [`super::block::examine`] does, and compares them with the
+    /// base: with its pages in `stretches`, which correspond, and with others of the same content.
     pub(super) fn examine(
         &self,
         given: &[Given],
         buffer: Option<&Arc<BlockBuffer>>,
-        number: u64,
+        stretches: &[Stretch],
     ) -> Result<Examined, WriteError> {
         let as_base = |given: &Given| matches!(given, Given::Base);
-        let mut examined = None;
-        if !given.iter().any(as_base) {
+        let counterpart = self.counterpart(given.len(), stretches);
+        let mut loaded = LoadedBlocks::default();
+        let is_given = !given.iter().any(as_base);
+        let mut examined = if is_given {
             let alone = examine_pages(given, buffer, |_| unreachable!("no page is the base's"));
-            if alone.uniform().is_some() || number >= self.snapshot.block_count() {
+            if alone.uniform().is_some() {
                 return Ok(alone);
             }
-            if given.len() == self.snapshot.pages_of_block(number)
-                && self.digest(number) == Some(alone.digest)
-            {
+            let same = counterpart.filter(|number| self.digest(*number) == Some(alone.digest));
+            if let Some(number) = same.or_else(|| self.block_of(&alone.digest, given.len())) {
                 return match self.unchanged_block(number, alone.digest) {
                     Err(error) if error.is_base_damage() => {
                         self.note_damage(&error);
@@ -200,47 +220,77 @@ impl Base {
                     result => result,
                 };
             }
-            examined = Some(alone);
-        } else if given.iter().all(as_base)
-            && given.len() == self.snapshot.pages_of_block(number)
-            && let Some(digest) = self.digest(number)
-        {
-            return self.unchanged_block(number, digest);
-        }
-
-        let base = match (self.pages(number), examined.take()) {
-            (Ok(base), alone) => {
-                examined = alone;
-                base
+            let mut damage = None;
+            for number in stretches.iter().flat_map(Stretch::blocks) {
+                // All bytes were given, so the base is not needed.
+                match loaded.load(self, number) {
+                    Err(error) if error.is_base_damage() => {
+                        damage.get_or_insert(error);
+                    }
+                    result => result?,
+                }
             }
-            // All bytes were given, so the base is not needed.
-            (Err(error), Some(alone)) if error.is_base_damage() => {
+            if let Some(error) = damage {
                 self.note_damage(&error);
-                return Ok(alone);
             }
-            (Err(error), _) => return Err(error),
+            alone
+        } else {
+            if given.iter().all(as_base)
+                && let Some(number) = counterpart
+                && let Some(digest) = self.digest(number)
+            {
+                return self.unchanged_block(number, digest);
+            }
+            for number in stretches.iter().flat_map(Stretch::blocks) {
+                loaded.load(self, number)?;
+            }
+            examine_pages(given, buffer, |i| {
+                let stretch = stretches
+                    .iter()
+                    .find(|stretch| stretch.range().contains(&i));
+                let page = stretch.and_then(|stretch| loaded.page(stretch.page_of(i)));
+                page.expect("the writer has checked that the base has the page")
+            })
         };
-        let mut examined = examined
-            .unwrap_or_else(|| examine_pages(given, buffer, |i| (base.seen(i), base.digests[i])));
-        if examined.pages.len() == base.digests.len()
-            && examined.digest == digest::block(&base.digests)
+        if let Some(number) = counterpart
+            && loaded.digest(number) == Some(examined.digest)
             && examined.uniform().is_none()
         {
             return self.unchanged_block(number, examined.digest);
         }
-        let mut known: Option<PagesByKey> = None;
-        for (i, seen) in examined.pages.iter_mut().enumerate() {
-            let Seen::Data(data) = *seen else { continue };
-            // The same page first: pages of a frame stay together.
-            let same = base.digests.get(i).filter(|digest| key(digest) == data);
-            let same = same.and_then(|_| base.page(i));
-            let known = || known.get_or_insert_with(|| base.known()).find(data);
-            if let Some(page) = same.or_else(known) {
-                *seen = Seen::Base(page);
-            }
-        }
-        examined.base_frames = base.frames;
+        // A page of a diff was written to, so it has rarely moved.
+        self.find(&mut examined.pages, stretches, &mut loaded, is_given)?;
+        examined.base_frames = loaded.into_frames();
         Ok(examined)
+    }
+
+    /// Returns the number of the block of which all pages correspond to those of a block of `pages`
+    /// pages, in the same places.
+    fn counterpart(&self, pages: usize, stretches: &[Stretch]) -> Option<u64> {
+        let [stretch] = stretches else { return None };
+        let number = stretch.page / PAGES_PER_BLOCK_U64;
+        let same = stretch.page.is_multiple_of(PAGES_PER_BLOCK_U64)
+            && stretch.range() == (0..pages)
+            && self.snapshot.pages_of_block(number) == pages;
+        same.then_some(number)
+    }
+
+    /// Returns a block of the base with this digest and number of pages.
+    pub(super) fn block_of(&self, digest: &Digest, pages: usize) -> Option<u64> {
+        let recorded = |block: &u32| &self.digests[*block as usize];
+        let by_digest = self.by_digest.get_or_init(|| {
+            let blocks = 0..u32::try_from(self.digests.len()).expect("at most 2^27 blocks");
+            let is_stored = |block: &u32| self.snapshot.top((*block).into()) == Top::Block;
+            let mut blocks: Vec<u32> = blocks.filter(is_stored).collect();
+            blocks.sort_by_key(recorded);
+            blocks
+        });
+        let first = by_digest.partition_point(|block| recorded(block) < digest);
+        let number = by_digest
+            .get(first)
+            .filter(|block| recorded(block) == digest)?;
+        let number = u64::from(*number);
+        (self.snapshot.pages_of_block(number) == pages).then_some(number)
     }
 
     /// Returns a block that is as block `number` of the base.
@@ -302,7 +352,7 @@ impl Base {
     }
 
     /// Returns the digests of a frame's pages, and decodes it if no block has named it before.
-    fn frame_digests(&self, frame: &FrameRef) -> Result<Arc<[Digest]>, WriteError> {
+    pub(super) fn frame_digests(&self, frame: &FrameRef) -> Result<Arc<[Digest]>, WriteError> {
         let place = lock(&self.decoded).place(frame);
         let mut digests = lock(&place);
         if let Some(digests) = &*digests {
@@ -331,7 +381,7 @@ impl Decoder {
 }
 
 /// Locks data that is consistent after every statement.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -368,32 +418,6 @@ impl Pages {
         let (frame, slot) = self.index.stored(i)?;
         let frame = self.index.frames()[frame];
         Some(BasePage { frame, slot })
-    }
-
-    /// Returns the pages of all frames, by key.
-    pub(super) fn known(&self) -> PagesByKey {
-        let pages = self.frames.iter().flat_map(|BaseFrame { frame, digests }| {
-            let slots = digests.iter().zip(0..);
-            slots.map(|(digest, slot)| {
-                let frame = *frame;
-                (key(digest), BasePage { frame, slot })
-            })
-        });
-        let mut pages: Vec<_> = pages.collect();
-        pages.sort_by_key(|(key, _)| *key);
-        // Of equal ones the first is kept.
-        pages.dedup_by_key(|(key, _)| *key);
-        PagesByKey(pages)
-    }
-}
-
-/// Pages of a base's block, sorted by key.
-pub(super) struct PagesByKey(Vec<(Key, BasePage)>);
-
-impl PagesByKey {
-    pub(super) fn find(&self, key: Key) -> Option<BasePage> {
-        let at = self.0.binary_search_by_key(&key, |(key, _)| *key).ok()?;
-        Some(self.0[at].1)
     }
 }
 
@@ -530,17 +554,4 @@ impl UsedLayers {
             })
             .unzip()
     }
-}
-
-/// Checks the page of a base that a region begins with.
-pub(super) fn check_base_page(page: u64) -> Result<(), WriteError> {
-    if page.is_multiple_of(PAGES_PER_BLOCK_U64) {
-        return Ok(());
-    }
-    let expected = "the first page of a block, a multiple of 512";
-    Err(WriteError::argument(
-        "a region's page of the base",
-        page,
-        expected,
-    ))
 }

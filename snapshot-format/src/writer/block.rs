@@ -1,5 +1,6 @@
 //! Index blocks on input: gathering pages, and determining the content of each page.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
@@ -7,6 +8,7 @@ use super::WriteError;
 use super::base::{Base, BaseFrame, BasePage, Kept};
 use super::copy::CopiedFrame;
 use super::dedup::Key;
+use super::matching::Stretch;
 use super::workers::Event;
 use crate::digest::{self, Digest};
 use crate::layout::{PAGE_SIZE, PAGES_PER_BLOCK};
@@ -112,8 +114,8 @@ impl Examined {
     }
 }
 
-/// Examines every page: finds fills, and computes the digests of the others. Compares them with a
-/// block of the base, if there is one.
+/// Examines every page: finds fills, and computes the digests of the others. Compares them with the
+/// base, if there is one, and in it first with the pages that correspond.
 ///
 /// # Panics
 ///
@@ -121,10 +123,10 @@ impl Examined {
 pub(super) fn examine(
     given: &[Given],
     buffer: Option<&Arc<BlockBuffer>>,
-    base: Option<&(Arc<Base>, u64)>,
+    base: Option<&(Arc<Base>, Vec<Stretch>)>,
 ) -> Result<Examined, WriteError> {
     match base {
-        Some((base, number)) => base.examine(given, buffer, *number),
+        Some((base, stretches)) => base.examine(given, buffer, stretches),
         None => Ok(examine_pages(given, buffer, |_| {
             unreachable!("a writer without a base takes no page of it")
         })),
@@ -193,6 +195,8 @@ pub(super) fn key(digest: &Digest) -> Key {
 pub(super) struct Gather {
     pub(super) given: Vec<Given>,
     pub(super) buffer: Option<BlockBuffer>,
+    /// Pages that correspond to pages of the base.
+    pub(super) stretches: Vec<Stretch>,
 }
 
 impl Gather {
@@ -201,9 +205,16 @@ impl Gather {
         PAGES_PER_BLOCK - self.given.len()
     }
 
-    /// Adds `count` pages of which no bytes are needed.
-    pub(super) fn push(&mut self, given: Given, count: usize) {
+    /// Adds `count` pages of which no bytes are needed, or which are in the buffer. The first of
+    /// them correspond to `base_pages`.
+    pub(super) fn push(&mut self, given: Given, count: usize, base_pages: &Range<u64>) {
         debug_assert!(count <= self.room());
+        let at = self.given.len();
+        let pages = base_pages.end.saturating_sub(base_pages.start);
+        let with_counterpart = usize::try_from(pages).map_or(count, |pages| pages.min(count));
+        if with_counterpart > 0 {
+            Stretch::append(&mut self.stretches, at, with_counterpart, base_pages.start);
+        }
         self.given.extend(std::iter::repeat_n(given, count));
     }
 }

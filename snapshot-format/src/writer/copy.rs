@@ -28,9 +28,10 @@ use rayon::ThreadPool;
 use rayon::prelude::*;
 
 use super::WriteError;
-use super::base::{Base, BaseFrame, BasePage, PagesByKey, block_digests};
+use super::base::{Base, BaseFrame, block_digests};
 use super::block::{Alike, BlockBuffer, Examined, Seen, key};
 use super::frame::{Built, PageList, copy};
+use super::matching::{LoadedBlocks, Stretch};
 use crate::digest::{self, Digest};
 use crate::error::{Defect, Flaw, Part};
 use crate::frame::{Codec, FrameRef};
@@ -194,12 +195,14 @@ impl CopySource {
 
     /// Returns the new base's block that is the same as `block`, and its digest.
     fn kept(&self, block: u64) -> Option<(u64, Digest)> {
-        let there = self.counterpart(block)?;
         let base = &self.base.as_ref()?.base;
-        let digest = *self.recorded.get(usize::try_from(block).ok()?)?;
-        let same = base.digest(there) == Some(digest)
-            && base.snapshot().pages_of_block(there) == self.snapshot.pages_of_block(block);
-        same.then_some((there, digest))
+        let digest = *self.recorded(block)?;
+        let pages = self.snapshot.pages_of_block(block);
+        let same = self.counterpart(block).filter(|there| {
+            base.digest(*there) == Some(digest) && base.snapshot().pages_of_block(*there) == pages
+        });
+        let there = same.or_else(|| base.block_of(&digest, pages))?;
+        Some((there, digest))
     }
 
     /// Returns the number of the block that corresponds to `block` in the new base.
@@ -360,7 +363,7 @@ impl CopySource {
                             pages.digests[i] = digests[usize::from(slot)];
                         }
                     }
-                    None => self.take_bytes(frame, &uses, &mut pages, None)?,
+                    None => self.take_bytes(frame, &uses, &mut pages)?,
                 },
                 None => elsewhere.push((frame, uses)),
             }
@@ -457,28 +460,24 @@ impl CopySource {
         Ok(digests)
     }
 
-    /// Takes the bytes of pages that are repacked; those that `known` has lie in the base.
+    /// Takes the bytes of pages that are repacked.
     fn take_bytes(
         &self,
         frame: &FrameRef,
         uses: &Uses,
         block: &mut Block,
-        known: Option<&KnownPages>,
     ) -> Result<(), WriteError> {
         self.decode(frame, |_, bytes| {
             for &(i, slot) in uses {
                 let page = &bytes[usize::from(slot) * PAGE_SIZE..][..PAGE_SIZE];
                 let digest = digest::page(page);
                 block.digests[i] = digest;
-                let in_base = known.and_then(|known| known.find(i, &digest));
-                block.pages[i] = match (digest::fill_word(page), in_base) {
-                    (Some(word), _) => Seen::Alike(Alike::Fill(word)),
-                    (None, Some(page)) => Seen::Base(page),
-                    (None, None) => {
-                        let buffer = block.buffer.get_or_insert_with(BlockBuffer::extra);
-                        buffer.pages_mut(i, 1).copy_from_slice(page);
-                        Seen::Data(key(&digest))
-                    }
+                block.pages[i] = if let Some(word) = digest::fill_word(page) {
+                    Seen::Alike(Alike::Fill(word))
+                } else {
+                    let buffer = block.buffer.get_or_insert_with(BlockBuffer::extra);
+                    buffer.pages_mut(i, 1).copy_from_slice(page);
+                    Seen::Data(key(&digest))
                 };
             }
         })
@@ -491,37 +490,39 @@ impl CopySource {
         block: &mut Block,
     ) -> Result<(), WriteError> {
         let new = self.base.as_ref();
-        let there = new.zip(self.counterpart(block.number));
-        let base = there
-            .map(|(new, there)| new.base.pages(there))
-            .transpose()?;
-        if let Some(base) = &base {
+        let mut loaded = LoadedBlocks::default();
+        let mut stretches = Vec::new();
+        if let Some((new, there)) = new.zip(self.counterpart(block.number)) {
+            loaded.load(&new.base, there)?;
+            let first = there * PAGES_PER_BLOCK_U64;
+            stretches.push(Stretch::new(0, block.pages.len(), first));
             // If all are as in the new base, the digest of the block is right.
             for &(i, _) in elsewhere.iter().flat_map(|(_, uses)| uses) {
-                if let Some(digest) = base.digests.get(i) {
-                    block.pages[i] = base.seen(i);
-                    block.digests[i] = *digest;
+                if let Some((seen, digest)) = loaded.page(first + i as u64) {
+                    block.pages[i] = seen;
+                    block.digests[i] = digest;
                 }
             }
             let digest = digest::block(&block.digests);
             if self.recorded(block.number) == Some(&digest) {
-                block.base_frames.clone_from(&base.frames);
+                block.base_frames = loaded.into_frames();
                 return Ok(());
             }
         }
-        let known = base.as_ref().map(|base| KnownPages {
-            base,
-            slots: base.known(),
-        });
         for (frame, uses) in elsewhere {
             if self.snapshot.layer_of(frame).is_absent() {
                 return Err(self.not_in_base(block.number));
             }
-            self.take_bytes(frame, uses, block, known.as_ref())?;
+            self.take_bytes(frame, uses, block)?;
         }
-        if let Some(base) = base {
-            block.base_frames = base.frames;
+        if let Some(new) = new {
+            let base = &new.base;
+            base.find(&mut block.pages, &stretches, &mut loaded, true)?;
         }
+        if !block.pages.iter().any(|seen| matches!(seen, Seen::Data(_))) {
+            block.buffer = None;
+        }
+        block.base_frames = loaded.into_frames();
         Ok(())
     }
 
@@ -586,21 +587,6 @@ impl NewBase {
             base: Arc::clone(base),
             old_base: old_base.to_owned(),
         }
-    }
-}
-
-/// Pages of the new base's block.
-struct KnownPages<'a> {
-    base: &'a super::base::Pages,
-    slots: PagesByKey,
-}
-
-impl KnownPages<'_> {
-    /// Returns a page of this digest: page `i` of the block if it has it.
-    fn find(&self, i: usize, digest: &Digest) -> Option<BasePage> {
-        let same = self.base.digests.get(i).filter(|known| *known == digest);
-        let same = same.and_then(|_| self.base.page(i));
-        same.or_else(|| self.slots.find(key(digest)))
     }
 }
 

@@ -22,6 +22,7 @@ mod error;
 mod extras;
 mod frame;
 mod index;
+mod matching;
 mod options;
 mod output;
 mod rewrite;
@@ -33,7 +34,7 @@ mod workers;
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
 pub use base::BaseDamage;
@@ -50,8 +51,7 @@ use self::sequence::Stage;
 use self::training::Training;
 use self::workers::Workers;
 use crate::layout::{
-    MAX_PAGES, MAX_SECTION_BYTES, PAGE_SIZE, PAGE_SIZE_U64, PAGES_PER_BLOCK, PAGES_PER_BLOCK_U64,
-    RawTopEntry,
+    MAX_PAGES, MAX_SECTION_BYTES, PAGE_SIZE, PAGE_SIZE_U64, PAGES_PER_BLOCK_U64, RawTopEntry,
 };
 use crate::snapshot::DEFAULT_MAX_TOP_BYTES;
 use crate::types::{Region, SnapshotId, Summary};
@@ -125,8 +125,8 @@ pub struct Writer<W: Write> {
     gather: Gather,
     queue: VecDeque<QueueEntry>,
     base: Option<Arc<Base>>,
-    /// Page of the base that corresponds to the next page that begins a block.
-    base_page: Option<u64>,
+    /// Pages of one region of the base that correspond to the next pages; none if none was named.
+    base_pages: Option<Range<u64>>,
     regions: Vec<Region>,
     /// Bytes that the regions will take in the file.
     region_bytes: u64,
@@ -185,7 +185,7 @@ impl<W: Write> Writer<W> {
             gather: Gather::default(),
             queue: VecDeque::new(),
             base,
-            base_page: None,
+            base_pages: None,
             regions: Vec::new(),
             region_bytes: 0,
             next_page: 0,
@@ -217,17 +217,10 @@ impl<W: Write> Writer<W> {
             sections::check_region_count(writer.regions.len() + 1)?;
             let bytes = writer.region_bytes + sections::region_bytes(&region.name);
             WriteError::limit("the size of the regions", bytes, MAX_SECTION_BYTES)?;
-            if region.base_page.is_some() && writer.base.is_none() {
-                let expected = "none, as the writer has no base";
-                return Err(WriteError::argument(
-                    "a region's page of the base",
-                    "given",
-                    expected,
-                ));
-            }
+            let base_pages = writer.base_pages_from(region.base_page)?;
             writer.end_region()?;
             writer.region_ended = false;
-            writer.base_page = region.base_page;
+            writer.base_pages = base_pages;
             writer.region_bytes = bytes;
             writer.regions.push(Region {
                 space: region.space,
@@ -244,6 +237,29 @@ impl<W: Write> Writer<W> {
             });
             Ok(())
         })
+    }
+
+    /// Sets the page of the base that corresponds to the next page of the region, as
+    /// [`RegionSpec::base_page`] does for its first page: for a region whose parts lie in several
+    /// regions of the base.
+    pub fn set_base_page(&mut self, page: Option<u64>) -> Result<(), WriteError> {
+        self.guarded(|writer| {
+            writer.base_pages = writer.base_pages_from(page)?;
+            Ok(())
+        })
+    }
+
+    /// Returns the pages of the base from `page` on, up to the end of its region.
+    fn base_pages_from(&self, page: Option<u64>) -> Result<Option<Range<u64>>, WriteError> {
+        let Some(page) = page else { return Ok(None) };
+        let Some(base) = &self.base else {
+            return Err(WriteError::argument(
+                "a region's page of the base",
+                "given",
+                "none, as the writer has no base",
+            ));
+        };
+        Ok(Some(base.pages_from(page)))
     }
 
     /// Writes the next pages of the region; `bytes` is a multiple of 4096 long.
@@ -297,7 +313,7 @@ impl<W: Write> Writer<W> {
             if let Some(buffer) = &mut self.gather.buffer {
                 fill(buffer.pages_mut(at, count))?;
             }
-            self.gather.push(Given::Bytes, count);
+            self.push(Given::Bytes, count);
             left -= count as u64;
             self.end_full_block()?;
         }
@@ -319,35 +335,89 @@ impl<W: Write> Writer<W> {
     /// place: see [`RegionSpec::base_page`]. They must belong to one region of the base.
     pub fn write_from_base(&mut self, pages: u64) -> Result<(), WriteError> {
         self.guarded(|writer| {
-            let Some(base) = &writer.base else {
+            let Some(base) = writer.base.clone() else {
                 return Err(WriteError::argument(
                     "the base of pages that are as in it",
                     "none",
                     "a snapshot (WriterOptions::base)",
                 ));
             };
-            let Some(page) = writer.base_page else {
+            let Some(there) = writer.base_pages.clone() else {
                 return Err(WriteError::argument(
-                    "the base's first page of the region",
+                    "the base's page that corresponds",
                     "none",
-                    "a page that the region begins with (RegionSpec::base_page)",
+                    "a page of the base (RegionSpec::base_page, Writer::set_base_page)",
                 ));
             };
-            if pages > 0 {
-                let begun = writer.gather.given.len() as u64;
-                base.check_pages(page.saturating_add(begun), pages)?;
+            let most = there.end.saturating_sub(there.start);
+            if pages > most {
+                let first = there.start;
+                return Err(WriteError::argument(
+                    "the number of pages as in the base",
+                    format_args!(
+                        "{pages} from its page {first} on, where its region has {most} more"
+                    ),
+                    "pages of one region of the base",
+                ));
             }
             writer.extend_region(pages)?;
             let mut left = pages;
             while left > 0 {
+                let passed = writer.write_uniform_from_base(&base, left)?;
+                if passed > 0 {
+                    left -= passed;
+                    continue;
+                }
                 let room = writer.gather.room();
                 let count = usize::try_from(left).map_or(room, |left| left.min(room));
-                writer.gather.push(Given::Base, count);
+                writer.push(Given::Base, count);
                 left -= count as u64;
                 writer.end_full_block()?;
             }
             Ok(())
         })
+    }
+
+    /// Writes the next blocks of the base, up to `most` pages, if their pages are all alike.
+    /// Returns the number of pages.
+    fn write_uniform_from_base(&mut self, base: &Base, most: u64) -> Result<u64, WriteError> {
+        let page = self.base_pages.as_ref().map_or(0, |pages| pages.start);
+        if !self.gather.given.is_empty() || !page.is_multiple_of(PAGES_PER_BLOCK_U64) {
+            return Ok(0);
+        }
+        let (block, most) = (page / PAGES_PER_BLOCK_U64, most / PAGES_PER_BLOCK_U64);
+        let Some((alike, blocks)) = base.uniform_run(block, most) else {
+            return Ok(0);
+        };
+        self.write_uniform(alike, blocks)
+    }
+
+    /// Writes whole blocks whose pages are all alike. Returns the number of pages.
+    fn write_uniform(&mut self, alike: Alike, blocks: u64) -> Result<u64, WriteError> {
+        let pages = blocks * PAGES_PER_BLOCK_U64;
+        self.pass_base_pages(pages);
+        self.enqueue(QueueEntry::Uniform {
+            region: self.regions.len() - 1,
+            alike,
+            blocks: usize::try_from(blocks).map_err(|_| WriteError::Stopped)?,
+            pages,
+        })?;
+        Ok(pages)
+    }
+
+    /// Adds pages to the block that is being filled.
+    fn push(&mut self, given: Given, count: usize) {
+        let none = 0..0;
+        let base_pages = self.base_pages.as_ref().unwrap_or(&none);
+        self.gather.push(given, count, base_pages);
+        self.pass_base_pages(count as u64);
+    }
+
+    /// Passes over the pages of the base that correspond to the next `pages` pages.
+    fn pass_base_pages(&mut self, pages: u64) {
+        if let Some(there) = &mut self.base_pages {
+            there.start = there.start.saturating_add(pages).min(there.end);
+        }
     }
 
     /// Ends the last region, and waits until all pages are compared with the base. Returns damage
@@ -364,31 +434,21 @@ impl<W: Write> Writer<W> {
 
     fn write_alike(&mut self, pages: u64, alike: Alike) -> Result<(), WriteError> {
         self.extend_region(pages)?;
-        let mut left = usize::try_from(pages).map_err(|_| WriteError::Limit {
-            what: "the number of pages",
-            value: pages,
-            limit: MAX_PAGES,
-        })?;
+        let mut left = pages;
         if !self.gather.given.is_empty() {
-            let count = left.min(self.gather.room());
-            self.gather.push(Given::Alike(alike), count);
-            left -= count;
+            let room = self.gather.room();
+            let count = usize::try_from(left).map_or(room, |left| left.min(room));
+            self.push(Given::Alike(alike), count);
+            left -= count as u64;
             self.end_full_block()?;
         }
-        let blocks = left / PAGES_PER_BLOCK;
+        let blocks = left / PAGES_PER_BLOCK_U64;
         if blocks > 0 {
-            let pages = (blocks * PAGES_PER_BLOCK) as u64;
-            self.base_page = self.base_page.map(|page| page.saturating_add(pages));
-            self.enqueue(QueueEntry::Uniform {
-                region: self.regions.len() - 1,
-                alike,
-                blocks,
-                pages,
-            })?;
+            left -= self.write_uniform(alike, blocks)?;
         }
-        if !left.is_multiple_of(PAGES_PER_BLOCK) {
-            self.gather
-                .push(Given::Alike(alike), left % PAGES_PER_BLOCK);
+        if left > 0 {
+            let count = usize::try_from(left).expect("less than a block");
+            self.push(Given::Alike(alike), count);
         }
         Ok(())
     }
@@ -458,17 +518,17 @@ impl<W: Write> Writer<W> {
     }
 
     fn end_block(&mut self) -> Result<(), WriteError> {
-        let Gather { given, buffer } = std::mem::take(&mut self.gather);
+        let Gather {
+            given,
+            buffer,
+            stretches,
+        } = std::mem::take(&mut self.gather);
         if given.is_empty() {
             return Ok(());
         }
         let region = self.regions.len() - 1;
         let buffer = buffer.map(Arc::new);
-        let base_block = self.base_page.map(|page| page / PAGES_PER_BLOCK_U64);
-        let base = self.base.clone().zip(base_block);
-        self.base_page = self
-            .base_page
-            .map(|page| page.saturating_add(PAGES_PER_BLOCK_U64));
+        let base = self.base.clone().map(|base| (base, stretches));
         self.stage.workers.examine(given, buffer.clone(), base);
         self.enqueue(QueueEntry::Block { region, buffer })
     }

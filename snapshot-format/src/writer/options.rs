@@ -4,7 +4,6 @@ use std::sync::Arc;
 use zstd::zstd_safe;
 
 use super::WriteError;
-use super::base::check_base_page;
 use crate::layout::{MAX_DICTIONARY_BYTES, MAX_FRAME_SLOTS, MAX_NAME_BYTES, PAGE_SIZE_U64};
 use crate::snapshot::Snapshot;
 use crate::types::SnapshotId;
@@ -53,7 +52,7 @@ pub struct WriterOptions {
     /// Properties to record, besides the writer's own.
     pub properties: Vec<(String, String)>,
     /// The base, of which the new snapshot becomes a child: only what differs is stored. See
-    /// [`RegionSpec::base_page`]. It takes up to 50 MiB more, for what is known of the base.
+    /// [`RegionSpec::base_page`]. It takes up to 60 MiB more, for what is known of the base.
     pub base: Option<Arc<Snapshot>>,
 }
 
@@ -175,8 +174,10 @@ pub struct RegionSpec {
     pub page_shift: u32,
     /// The owner's name for the region; no control characters.
     pub name: String,
-    /// [`Region::first_page`](crate::Region::first_page) of the base's region that corresponds, if
-    /// there is a base and it has the region. Must be the first page of a block, a multiple of 512.
+    /// Page of the base that corresponds to the region's first page, if there is a base and it has
+    /// one: [`Region::first_page`](crate::Region::first_page) of the same region there, or a page
+    /// in the middle of one. The pages after it correspond to those after it in the base, up to the
+    /// end of the base's region. See also [`Writer::set_base_page`](crate::Writer::set_base_page).
     pub base_page: Option<u64>,
 }
 
@@ -204,7 +205,6 @@ impl RegionSpec {
                 "read 1, write 2, execute 4, shared 0x100",
             ));
         }
-        self.base_page.map_or(Ok(()), check_base_page)?;
         if crate::sections::has_control(&self.name) {
             return Err(WriteError::argument(
                 "a region's name",

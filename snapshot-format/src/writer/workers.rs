@@ -24,6 +24,7 @@ use super::base::Base;
 use super::block::{BlockBuffer, Examined, Given, examine};
 use super::copy::CopySource;
 use super::frame::{Built, Compression, Scratch, Sealed, build, record_room};
+use super::matching::Stretch;
 use crate::dictionary::{Trained, train_on_frames};
 use crate::layout::{PAGE_SIZE, PAGES_PER_BLOCK};
 
@@ -188,13 +189,13 @@ impl Workers {
             .unwrap_or_else(|| Vec::with_capacity(self.frame_bytes))
     }
 
-    /// Hands a block to the pool to be examined.
-    /// `base` is the base and the number of its block to compare with.
+    /// Hands a block to the pool to be examined. `base` is the base, and the pages that correspond
+    /// to pages of it.
     pub(super) fn examine(
         &mut self,
         given: Vec<Given>,
         buffer: Option<Arc<BlockBuffer>>,
-        base: Option<(Arc<Base>, u64)>,
+        base: Option<(Arc<Base>, Vec<Stretch>)>,
     ) {
         let number = self.examined.expect();
         let sender = self.sender.clone();

@@ -9,7 +9,7 @@ use snapshot_format::{
     AllowMissing, Codec, RewriteOptions, Rewritten, WorkingSetRun, flatten, rebase,
 };
 
-fn rewrite_options() -> RewriteOptions {
+pub(super) fn rewrite_options() -> RewriteOptions {
     RewriteOptions {
         threads: Some(2),
         ..RewriteOptions::default()
@@ -37,7 +37,7 @@ fn checked(
 }
 
 /// Flattens a file, and compares the result with its memory.
-fn flat(file: &File) -> (File, Rewritten) {
+pub(super) fn flat(file: &File) -> (File, Rewritten) {
     let result = flatten(Vec::new(), &file.snapshot, rewrite_options()).expect("flatten");
     let (flat, rewritten) = checked(result, &file.memory, Given::default());
     assert!(flat.snapshot.ancestors().is_empty());
@@ -52,7 +52,7 @@ fn alone(child: &File) -> Arc<Snapshot> {
     Arc::new(Snapshot::open_with(store, &options).expect("open"))
 }
 
-fn rebased(child: &File, base: &File) -> (File, Rewritten) {
+pub(super) fn rebased(child: &File, base: &File) -> (File, Rewritten) {
     let result = rebase(
         Vec::new(),
         &child.snapshot,

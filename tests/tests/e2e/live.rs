@@ -214,6 +214,38 @@ fn every_state_of_a_live_process_comes_back() {
     }
 }
 
+/// A stack that grew, a mapping that lost pages and one that moved are not stored again.
+#[test]
+fn remapped_memory_of_a_live_process_is_not_stored_again() {
+    let name = "remapped_memory_of_a_live_process_is_not_stored_again";
+    let Some(mut live) = live(name, 8) else {
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let id = pid(&live).to_string();
+    let (base, child) = (path(&folder, "base.snap"), path(&folder, "child.snap"));
+    let out = path(&folder, "out");
+    live.map().unwrap();
+    done(["create", "--pid", &id, "-o", &base]);
+    live.remap().unwrap();
+    stop(pid(&live));
+    let report = done(["create", "--pid", &id, "--base", &base, "-o", &child]);
+    done(["extract", &child, "-o", &out, "--unavailable", "zero"]);
+    let info = done(["info", &child]);
+    let (same, unreadable) = compare_with_process(pid(&live), &regions(&info), Path::new(&out));
+    assert_eq!(same + unreadable, number(&report, "pages"));
+    kill(pid(&live), Signal::SIGCONT).unwrap();
+    assert!(live.quit().unwrap());
+
+    // The new part of the stack, and what the interpreter wrote to meanwhile.
+    let stored = number(&info, "stored_pages");
+    assert!((256..1024).contains(&stored), "{stored} pages: {report}");
+    assert_eq!(done(["verify", &child, "--chain"])["ok"], true);
+    if can_restore(name) {
+        restore_with_unknown_pages(&child, &out, &report);
+    }
+}
+
 #[test]
 fn a_core_of_a_live_process_comes_back() {
     let name = "a_core_of_a_live_process_comes_back";
