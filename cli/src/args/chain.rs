@@ -9,7 +9,7 @@ use super::{Layers, threads};
 /// Write a chain of layered snapshots as one file
 ///
 /// The new snapshot holds the same memory, attachments, working sets and properties, and needs no
-/// other file. Frames of which at least 45 % is still in use are copied as they are; the others are
+/// other file. Frames of which at least half is still in use are copied as they are; the others are
 /// repacked. SNAPSHOT need not be layered: a flat one then takes less room, if its frames hold many
 /// pages that it does not use. Every checksum is verified, and the digests of the result are
 /// compared with those of the chain; `verify` compares every page. The output file appears only

@@ -9,15 +9,22 @@ use super::base::{Base, BaseFrame, BasePage, Kept};
 use super::copy::CopiedFrame;
 use super::dedup::Key;
 use super::matching::Stretch;
-use super::workers::Event;
+use super::workers::{Event, Stock};
 use crate::digest::{self, Digest};
 use crate::layout::{PAGE_SIZE, PAGES_PER_BLOCK};
 
 /// Buffer for the bytes of one index block. It returns to its pool when the last user drops it.
 pub(super) struct BlockBuffer {
     bytes: Vec<u8>,
-    /// None for a buffer that is dropped with its last user.
-    home: Option<Sender<Event>>,
+    home: Home,
+}
+
+/// The place to which a buffer returns.
+enum Home {
+    /// The caller's thread, which waits for it.
+    Writer(Sender<Event>),
+    /// The threads that copy a snapshot.
+    Copiers(Arc<Stock<Vec<u8>>>),
 }
 
 impl BlockBuffer {
@@ -25,15 +32,16 @@ impl BlockBuffer {
         debug_assert_eq!(bytes.len(), PAGES_PER_BLOCK * PAGE_SIZE);
         Self {
             bytes,
-            home: Some(home),
+            home: Home::Writer(home),
         }
     }
 
-    /// Creates a buffer outside of the pool.
-    pub(super) fn extra() -> Self {
+    /// Takes a buffer from `stock`, or allocates one for it. It has the bytes of its last user.
+    pub(super) fn of(stock: &Arc<Stock<Vec<u8>>>) -> Self {
+        let idle = stock.take();
         Self {
-            bytes: vec![0; PAGES_PER_BLOCK * PAGE_SIZE],
-            home: None,
+            bytes: idle.unwrap_or_else(|| vec![0; PAGES_PER_BLOCK * PAGE_SIZE]),
+            home: Home::Copiers(Arc::clone(stock)),
         }
     }
 
@@ -53,9 +61,11 @@ impl BlockBuffer {
 
 impl Drop for BlockBuffer {
     fn drop(&mut self) {
-        if let Some(home) = &self.home {
+        let bytes = std::mem::take(&mut self.bytes);
+        match &self.home {
             // The receiver is gone if the writer itself was dropped.
-            let _ = home.send(Event::Buffer(std::mem::take(&mut self.bytes)));
+            Home::Writer(home) => drop(home.send(Event::Buffer(bytes))),
+            Home::Copiers(stock) => stock.give(bytes),
         }
     }
 }

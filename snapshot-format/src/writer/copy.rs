@@ -20,11 +20,10 @@
 //! right, the old ancestor isn't needed.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use quick_cache::Weighter;
 use quick_cache::sync::Cache;
-use rayon::ThreadPool;
 use rayon::prelude::*;
 
 use super::WriteError;
@@ -32,6 +31,7 @@ use super::base::{Base, BaseFrame, block_digests};
 use super::block::{Alike, BlockBuffer, Examined, Seen, key};
 use super::frame::{Built, PageList, copy};
 use super::matching::{LoadedBlocks, Stretch};
+use super::workers::{Records, Stock, Workers};
 use crate::digest::{self, Digest};
 use crate::error::{Defect, Flaw, Part};
 use crate::frame::{Codec, FrameRef};
@@ -46,9 +46,9 @@ use crate::store::Reason;
 /// Percentage of a frame's slots that must be in use for it to be copied as it is.
 ///
 /// Measured with a guest of 1 GiB after 64 layers that each change 1 % of the pages, relative to
-/// packing its memory (CPU time, size of the file): 25 % 0.22, 1.56; 40 % 0.35, 1.52;
-/// 45 % 0.39, 1.44; 50 % 0.58, 1.39; 75 % 1.45, 1.04.
-const MIN_PERCENT_IN_USE: usize = 45;
+/// packing its memory (CPU time, size of the file): 25 % 0.18, 1.41; 40 % 0.28, 1.31;
+/// 45 % 0.35, 1.26; 50 % 0.38, 1.23; 55 % 0.48, 1.18; 60 % 0.56, 1.13; 75 % 0.85, 1.06.
+const MIN_PERCENT_IN_USE: usize = 50;
 /// Number of blocks whose index is read together for the plan.
 const WINDOW: u64 = 1024;
 /// Number of remembered digests of slots, of frames that several blocks use: 32 MiB.
@@ -67,7 +67,10 @@ pub(super) struct CopySource {
     dictionaries: Vec<Vec<u8>>,
     /// Digests of slots, by the frame's index in `frames`.
     remembered: Cache<usize, Arc<[Digest]>, BySlots>,
-    decoders: Mutex<Vec<Decoder>>,
+    decoders: Stock<Decoder>,
+    /// Buffers of blocks, and of frame records.
+    buffers: Arc<Stock<Vec<u8>>>,
+    records: Arc<Records>,
 }
 
 /// Layer and offset of a frame.
@@ -140,7 +143,7 @@ impl CopySource {
         snapshot: &Arc<Snapshot>,
         base: Option<&Arc<Base>>,
         old_base: &str,
-        pool: &ThreadPool,
+        workers: &Workers,
     ) -> Result<Self, WriteError> {
         snapshot.prepare().map_err(WriteError::Copied)?;
         let mut source = Self {
@@ -150,19 +153,22 @@ impl CopySource {
             by_place: HashMap::new(),
             dictionaries: Vec::new(),
             remembered: Cache::with_weighter(1 << 15, MAX_REMEMBERED, BySlots),
-            decoders: Mutex::default(),
+            decoders: Stock::default(),
+            buffers: Arc::default(),
+            records: Arc::clone(workers.records()),
             snapshot: Arc::clone(snapshot),
         };
         let blocks = snapshot.block_count();
         let mut first = 0;
         while first < blocks {
             let end = blocks.min(first + WINDOW);
-            let loaded: Vec<Option<Result<IndexBlock, WriteError>>> = pool.install(|| {
-                (first..end)
-                    .into_par_iter()
-                    .map(|block| source.needs_index(block).then(|| source.index_block(block)))
-                    .collect()
-            });
+            let loaded: Vec<Option<Result<IndexBlock, WriteError>>> =
+                workers.pool().install(|| {
+                    (first..end)
+                        .into_par_iter()
+                        .map(|block| source.needs_index(block).then(|| source.index_block(block)))
+                        .collect()
+                });
             for (block, index) in (first..end).zip(loaded) {
                 if let Some(index) = index {
                     source.note(block, &index?)?;
@@ -425,8 +431,8 @@ impl CopySource {
         let checked = decoder
             .frames
             .check(&self.snapshot, frame, Reason::Prefetch)
-            .map(|payload| block.copies.extend(planned.copy(payload)));
-        self.lock_decoders().push(decoder);
+            .map(|payload| block.copies.extend(planned.copy(payload, &self.records)));
+        self.decoders.give(decoder);
         checked.map_err(WriteError::CopiedFrame)
     }
 
@@ -441,7 +447,8 @@ impl CopySource {
         let frame = &planned.frame;
         let digests: Arc<[Digest]> = self.decode(frame, |decoder, bytes| {
             if is_first {
-                block.copies.extend(planned.copy(decoder.payload(frame)));
+                let payload = decoder.payload(frame);
+                block.copies.extend(planned.copy(payload, &self.records));
             }
             let slots = (0u16..).zip(bytes.chunks_exact(PAGE_SIZE));
             slots
@@ -475,7 +482,7 @@ impl CopySource {
                 block.pages[i] = if let Some(word) = digest::fill_word(page) {
                     Seen::Alike(Alike::Fill(word))
                 } else {
-                    let buffer = block.buffer.get_or_insert_with(BlockBuffer::extra);
+                    let buffer = block.buffer.get_or_insert_with(|| BlockBuffer::of(&self.buffers));
                     buffer.pages_mut(i, 1).copy_from_slice(page);
                     Seen::Data(key(&digest))
                 };
@@ -540,30 +547,25 @@ impl CopySource {
             .map(drop)
             .map_err(WriteError::CopiedFrame)
             .map(|()| then(&decoder.frames, &decoder.bytes[..frame.decoded_len()]));
-        self.lock_decoders().push(decoder);
+        self.decoders.give(decoder);
         result
     }
 
     fn take_decoder(&self) -> Decoder {
-        let idle = self.lock_decoders().pop();
+        let idle = self.decoders.take();
         idle.unwrap_or_else(|| Decoder {
             frames: FrameDecoder::new(),
             bytes: vec![0; MAX_FRAME_SLOTS * PAGE_SIZE],
         })
     }
-
-    /// Locks the list, which is consistent after every statement.
-    fn lock_decoders(&self) -> std::sync::MutexGuard<'_, Vec<Decoder>> {
-        self.decoders.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 impl Planned {
     /// Returns the number and the copy of the frame, if it is copied. `payload` is its payload.
-    fn copy(&self, payload: &[u8]) -> Option<(u32, CopiedFrame)> {
+    fn copy(&self, payload: &[u8], records: &Records) -> Option<(u32, CopiedFrame)> {
         let (number, dictionary) = self.copied?;
         let copy = CopiedFrame {
-            built: copy(&self.frame, payload, &self.pages, dictionary),
+            built: copy(&self.frame, payload, &self.pages, dictionary, records),
             slots_in_use: self.pages.slots_in_use() as u64,
         };
         Some((number, copy))
@@ -598,6 +600,7 @@ impl Block {
             .iter()
             .map(|word| digest::fill(*word))
             .collect();
+        let unavailable = digest::unavailable();
         let mut pages = Vec::with_capacity(PAGES_PER_BLOCK);
         let mut digests = Vec::with_capacity(PAGES_PER_BLOCK);
         for i in 0..index.page_count() {
@@ -605,7 +608,7 @@ impl Block {
                 (Page::Fill(word), Some(number)) => (Alike::Fill(word), fills[number]),
                 (Page::Fill(word), None) => (Alike::Fill(word), digest::fill(word)),
                 // Stored pages get their content from the frames.
-                _ => (Alike::Unavailable, digest::unavailable()),
+                _ => (Alike::Unavailable, unavailable),
             };
             pages.push(Seen::Alike(seen));
             digests.push(digest);

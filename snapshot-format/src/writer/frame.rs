@@ -12,6 +12,7 @@ use zstd::zstd_safe::{self, CCtx, CParameter, ErrorCode};
 
 use super::WriteError;
 use super::block::BlockBuffer;
+use super::workers::Records;
 use crate::frame::FrameRef;
 use crate::layout::{
     FRAME_MAGIC, MAX_LISTED_PAGES_PER_SLOT, PAGE_SIZE, PAGES_PER_BLOCK_U64, RawFrameHeader,
@@ -366,18 +367,24 @@ fn complete(
 
 /// Copies a frame with its payload as it is, for a file in which it has the page list `pages` and
 /// its dictionary, if any, has the number `dictionary`.
-pub(super) fn copy(frame: &FrameRef, payload: &[u8], pages: &PageList, dictionary: u16) -> Built {
-    let head = pages.record_len(0);
-    let mut record = vec![0; head];
-    record.extend_from_slice(payload);
-    let raw = frame.to_raw(0);
+pub(super) fn copy(
+    frame: &FrameRef,
+    payload: &[u8],
+    pages: &PageList,
+    dictionary: u16,
+    records: &Records,
+) -> Built {
+    let (head, len) = (pages.record_len(0), pages.record_len(payload.len()));
+    let mut record = records.take(len);
+    record[head..len].copy_from_slice(payload);
+    let encoding = (frame.to_raw(0).codec, dictionary);
     let list = (&pages.runs[..], pages.base_page);
-    let reference = complete(&mut record, list, frame.slots(), (raw.codec, dictionary));
+    let reference = complete(&mut record[..len], list, frame.slots(), encoding);
     Built {
         // The number is given when it is handed out.
         number: 0,
-        len: record.len(),
         record,
+        len,
         reference,
         spare: Vec::new(),
         copied: true,

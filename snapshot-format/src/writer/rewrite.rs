@@ -66,7 +66,7 @@ pub struct Rewritten {
 
 /// Writes `snapshot`, which may be layered, as a snapshot in one file.
 ///
-/// Frames of which at least 45 % is in use are copied as they are, with a new page list; the others
+/// Frames of which at least half is in use are copied as they are, with a new page list; the others
 /// are repacked, without the pages that the snapshot does not use. Regions, attachments,
 /// working sets and properties are kept, except for properties about ancestors.
 ///
@@ -259,8 +259,8 @@ impl<W: Write> Writer<W> {
     /// Writes all memory of `snapshot`. Returns the number of frames that are copied as they are.
     fn copy_from(&mut self, snapshot: &Arc<Snapshot>, old_base: &str) -> Result<u64, WriteError> {
         self.guarded(|writer| {
-            let (base, pool) = (writer.base.as_ref(), writer.stage.workers.pool());
-            let mut source = CopySource::plan(snapshot, base, old_base, pool)?;
+            let (base, workers) = (writer.base.as_ref(), &writer.stage.workers);
+            let mut source = CopySource::plan(snapshot, base, old_base, workers)?;
             let dictionaries = source.take_dictionaries();
             if let Some(first) = dictionaries.first() {
                 writer.stage.workers.use_dictionary(first)?;

@@ -342,8 +342,8 @@ impl<W: Write> Stage<W> {
                 self.copied.push(built.reference);
             } else {
                 self.refs.push(built.reference);
-                self.workers.recycle(built.record, built.spare);
             }
+            self.workers.recycle(built.record, built.spare);
             self.write_drafts()?;
         }
         Ok(any)

@@ -14,7 +14,7 @@
 
 use std::collections::VecDeque;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use zstd::zstd_safe::CDict;
@@ -81,11 +81,51 @@ impl<T> Reorder<T> {
     }
 }
 
+/// Things that threads take, use, and give back for the next one.
+pub(super) struct Stock<T>(Mutex<Vec<T>>);
+
+impl<T> Default for Stock<T> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<T> Stock<T> {
+    pub(super) fn take(&self) -> Option<T> {
+        self.lock().pop()
+    }
+
+    pub(super) fn give(&self, item: T) {
+        self.lock().push(item);
+    }
+
+    /// Locks the list, which is consistent after every statement.
+    fn lock(&self) -> MutexGuard<'_, Vec<T>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Buffers for frame records. Fresh memory costs more than the copy of a frame.
+pub(super) struct Records {
+    idle: Stock<Vec<u8>>,
+    room: usize,
+}
+
+impl Records {
+    /// Returns a buffer of at least `len` bytes, and with room for any frame that is built.
+    pub(super) fn take(&self, len: usize) -> Vec<u8> {
+        let mut record = self.idle.take().unwrap_or_else(|| vec![0; self.room]);
+        if record.len() < len {
+            record.resize(len, 0);
+        }
+        record
+    }
+}
+
 /// State shared by the threads.
 struct Shared {
-    scratch: Mutex<Vec<Scratch>>,
-    records: Mutex<Vec<Vec<u8>>>,
-    record_room: usize,
+    scratch: Stock<Scratch>,
+    records: Arc<Records>,
 }
 
 pub(super) struct Workers {
@@ -126,9 +166,11 @@ impl Workers {
         Ok(Self {
             pool,
             shared: Arc::new(Shared {
-                scratch: Mutex::default(),
-                records: Mutex::default(),
-                record_room: record_room(frame_pages),
+                scratch: Stock::default(),
+                records: Arc::new(Records {
+                    idle: Stock::default(),
+                    room: record_room(frame_pages),
+                }),
             }),
             compression: Arc::new(Compression::new(level, frame_pages)),
             sender,
@@ -216,6 +258,11 @@ impl Workers {
         });
     }
 
+    /// Returns the buffers for records.
+    pub(super) fn records(&self) -> &Arc<Records> {
+        &self.shared.records
+    }
+
     /// Returns the threads of the pool.
     pub(super) fn pool(&self) -> &ThreadPool {
         &self.pool
@@ -242,11 +289,11 @@ impl Workers {
         let (sender, shared) = (self.sender.clone(), Arc::clone(&self.shared));
         let compression = Arc::clone(&self.compression);
         self.pool.spawn_fifo(move || {
-            let mut scratch = take(&shared.scratch).unwrap_or_else(Scratch::new);
-            let record = take(&shared.records).unwrap_or_else(|| vec![0; shared.record_room]);
+            let mut scratch = shared.scratch.take().unwrap_or_else(Scratch::new);
+            let record = shared.records.take(0);
             let built = build(sealed, &compression, &mut scratch, record)
                 .map(|built| Built { number, ..built });
-            give(&shared.scratch, scratch);
+            shared.scratch.give(scratch);
             let _ = sender.send(Event::Built(built));
         });
     }
@@ -264,7 +311,7 @@ impl Workers {
 
     /// Takes back the buffers of a frame that is written.
     pub(super) fn recycle(&mut self, record: Vec<u8>, spare: Vec<u8>) {
-        give(&self.shared.records, record);
+        self.shared.records.idle.give(record);
         if spare.capacity() > 0 {
             self.spare.push(spare);
         }
@@ -301,17 +348,6 @@ impl Workers {
         }
         Ok(())
     }
-}
-
-fn take<T>(stock: &Mutex<Vec<T>>) -> Option<T> {
-    stock.lock().unwrap_or_else(PoisonError::into_inner).pop()
-}
-
-fn give<T>(stock: &Mutex<Vec<T>>, item: T) {
-    stock
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .push(item);
 }
 
 #[cfg(test)]
