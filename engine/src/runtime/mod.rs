@@ -19,8 +19,8 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::AcqRel, Ordering::Rela
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::session::{Kernel, Session, SnapshotImage};
-use crate::stats::{Durations, Stats};
+use crate::session::{Image as _, Kernel, Session, SnapshotImage};
+use crate::stats::{Durations, RunRecord, Stats};
 use snaprestore_uffd::os::trim_heap;
 
 use prefetcher::Pool;
@@ -118,6 +118,7 @@ impl Runtime {
         let pool = Arc::clone(options.shared().pool());
         session.queue.count_in(pool.demand());
         session.retry_timeout = options.retry_timeout;
+        session.begun = begun;
         Self {
             session,
             begun,
@@ -274,6 +275,13 @@ impl Runtime {
             self.session.kick();
         }
         done
+    }
+
+    /// Returns the record of the session so far.
+    pub(crate) fn run_record(&self, what: String, statistics: Stats) -> RunRecord {
+        let (counters, image) = (&self.session.stats, &self.session.image);
+        let now = counters.for_timeline(image.bytes_read());
+        RunRecord::new(what, image.snapshot(), statistics, counters.timeline.load(now))
     }
 
     /// Returns the statistics so far, except those that only the restore or pager knows.

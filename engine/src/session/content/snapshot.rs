@@ -106,11 +106,6 @@ impl SnapshotImage {
         })
     }
 
-    /// Returns the number of bytes of frame records read so far.
-    pub(crate) fn bytes_read(&self) -> u64 {
-        self.bytes_read.load(Relaxed)
-    }
-
     /// Returns the number of bytes decoded from them so far.
     pub(crate) fn bytes_decoded(&self) -> u64 {
         self.bytes_decoded.load(Relaxed)
@@ -416,6 +411,10 @@ impl Image for SnapshotImage {
             .fetch_add(u64::from(frame.stored_len()), Relaxed);
         self.bytes_decoded.fetch_add(kept.len as u64, Relaxed);
         Ok(())
+    }
+
+    fn bytes_read(&self) -> u64 {
+        self.bytes_read.load(Relaxed)
     }
 
     fn was_cached(&self, decoder: &Decoder) -> bool {
