@@ -15,7 +15,7 @@ use super::handover::{self, Handover, HandoverError, OwnerRegion};
 use super::owner::{OnError, Owner, OwnerGuard};
 use crate::runtime::{PausedBy, Prefetch, Runtime, Shared, ThreadError, ThreadOptions, Threads};
 use crate::session::{Extent, Failure, FrameId, Kernel, Session, SnapshotImage, State};
-use crate::stats::Stats;
+use crate::stats::{RunRecord, Stats};
 use crate::{RecordError, Recording, RecordingOptions};
 use snaprestore_uffd::memory::Ring;
 use snaprestore_uffd::os::limits::Hint;
@@ -439,6 +439,12 @@ impl Paged {
     /// Returns the statistics so far.
     pub fn stats(&self) -> Stats {
         self.runtime.stats()
+    }
+
+    /// Returns the statistics so far as a record for `snaprestore report`, under a description for
+    /// people.
+    pub fn run_record(&self, what: impl Into<String>) -> RunRecord {
+        self.runtime.run_record(what.into(), self.stats())
     }
 
     /// Returns the failures of pages that could not be restored when they were wanted: the first

@@ -8,7 +8,7 @@ use snapshot_format::layout::PAGE_SIZE_U64;
 
 use crate::runtime::{OnComplete, PausedBy, Runtime, Threads};
 use crate::session::{Failure, Kernel, NoPoison, PAGE, Platform as _, Session, SnapshotImage};
-use crate::stats::Stats;
+use crate::stats::{RunRecord, Stats};
 use crate::{RecordError, Recording, RecordingOptions};
 use snaprestore_uffd::memory::{Advice, MemError, RawRegion, advise_at};
 use snaprestore_uffd::memory::{ReadFault, read_checked};
@@ -306,6 +306,12 @@ impl Restored {
             left_to_kernel: self.left_pages(),
             ..self.runtime.stats()
         }
+    }
+
+    /// Returns the statistics so far as a record for `snaprestore report`, under a description for
+    /// people.
+    pub fn run_record(&self, what: impl Into<String>) -> RunRecord {
+        self.runtime.run_record(what.into(), self.stats())
     }
 
     /// Returns the number of pages in the regions that were left to the kernel. A run can extend

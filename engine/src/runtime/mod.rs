@@ -23,8 +23,8 @@ use std::time::{Duration, Instant};
 
 use snapshot_format::trace::TraceEnd;
 
-use crate::session::{Kernel, PAGE, Session, SnapshotImage};
-use crate::stats::{Durations, Stats};
+use crate::session::{Image as _, Kernel, PAGE, Session, SnapshotImage};
+use crate::stats::{Durations, RunRecord, Stats};
 use snaprestore_uffd::os::trim_heap;
 
 use prefetcher::Pool;
@@ -127,6 +127,7 @@ impl Runtime {
         let pool = Arc::clone(options.shared().pool());
         session.queue.count_in(pool.demand());
         session.retry_timeout = options.retry_timeout;
+        session.begun = begun;
         Self {
             session,
             begun,
@@ -315,6 +316,13 @@ impl Runtime {
             self.session.kick();
         }
         done
+    }
+
+    /// Returns the record of the session so far.
+    pub(crate) fn run_record(&self, what: String, statistics: Stats) -> RunRecord {
+        let (counters, image) = (&self.session.stats, &self.session.image);
+        let now = counters.for_timeline(image.bytes_read());
+        RunRecord::new(what, image.snapshot(), statistics, counters.timeline.load(now))
     }
 
     /// Returns the statistics so far, except those that only the restore or pager knows.

@@ -68,7 +68,7 @@ mod model;
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use snapshot_format::trace::TraceEnd;
 
@@ -114,6 +114,8 @@ pub(crate) struct Session<P, I> {
     pub(crate) state: State,
     pub(crate) queue: FaultQueue,
     pub(crate) stats: Counters,
+    /// The time at which the timeline begins.
+    pub(crate) begun: Instant,
     /// Threads that currently work for the session.
     pub(crate) threads: Arc<EngineThreads>,
     /// Frames that are being loaded.
@@ -177,6 +179,7 @@ impl<P: Platform, I: Image> Session<P, I> {
             state,
             queue: FaultQueue::new(),
             stats: Counters::default(),
+            begun: Instant::now(),
             threads: Arc::default(),
             in_flight: InFlight::new(threads),
             guard,
@@ -201,6 +204,13 @@ impl<P: Platform, I: Image> Session<P, I> {
         self.end_recording(TraceEnd::Stopped);
         self.phase.ending.store(true, Relaxed);
         self.platform.kick();
+    }
+
+    /// Moves the timeline on. What is counted from now on belongs to the bucket of `now`.
+    pub(crate) fn advance_timeline(&self, now: Instant) {
+        let since_start = now.saturating_duration_since(self.begun);
+        let timeline = &self.stats.timeline;
+        timeline.at(since_start, || self.stats.for_timeline(self.image.bytes_read()));
     }
 
     /// Wakes a fault thread so that it checks whether anything has changed.

@@ -4,7 +4,9 @@
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
-use crate::stats::{FaultKinds, FaultSources, Histogram, PageCounts, Shortages};
+use crate::stats::{
+    FaultKinds, FaultSources, Histogram, PageCounts, Shortages, TimelineBucket, TimelineRecorder,
+};
 
 /// The state of the page that a fault found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,9 +79,20 @@ pub(crate) struct Counters {
     pub(crate) discards: AtomicU64,
     pub(crate) retries: AtomicU64,
     pub(crate) shortages: Shortages<AtomicU64>,
+    pub(crate) timeline: TimelineRecorder,
 }
 
 impl Counters {
+    /// Returns the numbers that the timeline has; `bytes_read` is not a counter of the session.
+    pub(crate) fn for_timeline(&self, bytes_read: u64) -> TimelineBucket {
+        TimelineBucket {
+            faults: self.faults.load(Relaxed),
+            demand_pages: self.demand.load().total(),
+            prefetch_pages: self.prefetch.load().total(),
+            bytes_read,
+        }
+    }
+
     /// Returns the counter of shortages for small or large pages.
     pub(super) fn shortages_of(&self, large: bool) -> &AtomicU64 {
         if large {

@@ -3,6 +3,7 @@
 //! ```text
 //!   Counters, which a session updates ──load──▶ Stats ─────▶ `--json`, and the text of `ctl`
 //!                                               METRICS ───▶ metrics, docs/operations.md
+//!                                               RunRecord ─▶ `--run-json`, with a Timeline
 //! ```
 //!
 //! [`Stats`] has the numbers. Its fields have the names of the JSON keys, except where serde
@@ -14,6 +15,8 @@
 //! [`METRICS`]. The tests name what is missing, and print the table of the documentation.
 
 mod durations;
+mod run;
+mod timeline;
 
 use std::ops::AddAssign;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -23,6 +26,9 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use durations::Histogram;
 pub use durations::{Durations, nearest_rank};
+pub use run::{RUN_VERSION, RunRecord};
+pub(crate) use timeline::TimelineRecorder;
+pub use timeline::{MAX_TIMELINE_BUCKETS, Timeline, TimelineBucket};
 
 /// A counter that threads update, and whose value can be read at any time.
 pub(crate) trait Counted {

@@ -112,11 +112,6 @@ impl SnapshotImage {
         })
     }
 
-    /// Returns the number of bytes of frame records read so far.
-    pub(crate) fn bytes_read(&self) -> u64 {
-        self.bytes_read.load(Relaxed)
-    }
-
     /// Returns the number of bytes decoded from them so far.
     pub(crate) fn bytes_decoded(&self) -> u64 {
         self.bytes_decoded.load(Relaxed)
@@ -448,6 +443,10 @@ impl Image for SnapshotImage {
         });
         let before = std::mem::replace(&mut *self.kept(), frames);
         drop(before);
+    }
+
+    fn bytes_read(&self) -> u64 {
+        self.bytes_read.load(Relaxed)
     }
 
     fn was_cached(&self, decoder: &Decoder) -> bool {

@@ -50,6 +50,7 @@ impl<P: Platform, I: Image> Session<P, I> {
     /// Serves faults until the session ends, as thread `number` of the session.
     pub(crate) fn serve(&self, number: usize, contexts: &impl LendContext<I>) {
         while let Some(fault) = self.wait_for_fault() {
+            self.advance_timeline(fault.at);
             add(&self.stats.faults, 1);
             self.state.beat(number);
             let (outcome, trace) = contexts.with(|context| {

@@ -1,6 +1,7 @@
 //! Prefetch: loads pages before they are touched, on the same path as faults.
 
 use std::ops::Range;
+use std::time::Instant;
 
 use snapshot_format::Reason;
 
@@ -45,6 +46,7 @@ impl<P: Platform, I: Image> Session<P, I> {
                 done.rest = Some(page);
                 break;
             }
+            self.advance_timeline(Instant::now());
             let large = self.is_large(page);
             next = if large { block_of(page).end } else { page + 1 };
             match self.load(context, page, large, Reason::Prefetch, false) {

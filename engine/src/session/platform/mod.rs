@@ -212,6 +212,11 @@ pub(crate) trait Image: Sync {
         reason: Reason,
     ) -> Result<(), Failure>;
 
+    /// Returns the number of bytes of frame records read so far.
+    fn bytes_read(&self) -> u64 {
+        0
+    }
+
     /// Returns whether the last frame decoded was already there, so that it was not read.
     fn was_cached(&self, _decoder: &Self::Decoder) -> bool {
         false

@@ -1,0 +1,66 @@
+//! The record of a run: the statistics of one session as a file that `snaprestore report` reads.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use snapshot_format::Snapshot;
+
+use super::{Stats, Timeline};
+
+/// The version of the file. Readers refuse others.
+pub const RUN_VERSION: u32 = 1;
+
+/// Statistics of one session, with the memory that it restored. The JSON object of
+/// `restore --run-json` and `serve --run-json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RunRecord {
+    /// The version of the object: [`RUN_VERSION`].
+    pub run_version: u32,
+    /// A description for people, such as the VM.
+    pub what: String,
+    /// ID of the snapshot, in hexadecimal digits.
+    pub snapshot_id: String,
+    /// Digest of the memory's content, in hexadecimal digits.
+    pub content_digest: String,
+    /// Microseconds from the start call to usable memory, if they are known.
+    pub map_us: Option<u64>,
+    /// Microseconds from the start call to complete memory, if it is complete.
+    pub complete_us: Option<u64>,
+    /// Number of zero pages that the kernel serves itself when they are touched.
+    pub pages_left_to_kernel: u64,
+    /// The statistics, with the buckets of their histograms.
+    pub statistics: Stats,
+    /// The course of the run.
+    pub timeline: Timeline,
+}
+
+impl RunRecord {
+    /// Creates the record of a session that restores `snapshot`.
+    pub fn new(what: String, snapshot: &Snapshot, statistics: Stats, timeline: Timeline) -> Self {
+        let mapped = Some(statistics.mapped).filter(|mapped| !mapped.is_zero());
+        Self {
+            run_version: RUN_VERSION,
+            what,
+            snapshot_id: snapshot.id().to_string(),
+            content_digest: hex(&snapshot.summary().content_digest),
+            map_us: mapped.map(micros),
+            complete_us: statistics.complete.map(micros),
+            pages_left_to_kernel: statistics.left_to_kernel,
+            statistics,
+            timeline,
+        }
+    }
+}
+
+/// Formats bytes as lower-case hexadecimal digits.
+fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
