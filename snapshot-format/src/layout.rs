@@ -30,6 +30,10 @@ pub const TRAILER_MAGIC: [u8; 8] = *b"\x1atsrpans";
 pub const INDEX_MAGIC: u32 = u32::from_le_bytes(*b"sidx");
 /// First bytes of a frame record.
 pub const FRAME_MAGIC: u32 = u32::from_le_bytes(*b"sfrm");
+/// First bytes of a trace, which is a file of its own.
+pub const TRACE_MAGIC: [u8; 8] = *b"snaptrc\x1a";
+/// Version of the traces that this crate writes and reads.
+pub const TRACE_VERSION: u32 = 1;
 
 /// Bytes of the header and of the trailer.
 pub const HEADER_BYTES: usize = 4096;
@@ -73,6 +77,8 @@ pub const MAX_SECTION_BYTES: u64 = 256 << 20;
 
 /// Most bytes of the property section.
 pub const MAX_PROPERTIES_BYTES: u64 = 1 << 20;
+/// Most touches of a trace: 64 GiB of memory, as many pages as a working set has room for.
+pub const MAX_TRACE_TOUCHES: u64 = 1 << 24;
 /// Bytes at the end of the file that a reader opens it with: one read, which in an ordinary
 /// snapshot brings the regions and the top table together with the trailer.
 pub const TAIL_BYTES: usize = 64 << 10;
@@ -488,7 +494,79 @@ pub struct RawAncestorEntry {
     pub trailer_hash: [u8; 32],
 }
 
+/// The beginning of a trace.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
+)]
+#[repr(C)]
+pub struct RawTraceHeader {
+    /// [`TRACE_MAGIC`].
+    pub magic: [u8; 8],
+    /// [`TRACE_VERSION`].
+    pub version: U32,
+    /// Zero.
+    pub flags: U32,
+    /// Content digest of the memory.
+    pub content_digest: [u8; 32],
+    /// Page numbers of the memory.
+    pub page_slots: U64,
+    /// Nanoseconds since 1970.
+    pub begun: U64,
+    /// Pages that were present when the recording began.
+    pub present_at_start: U64,
+    /// Touches that follow.
+    pub count: U64,
+    /// One of [`trace_end`].
+    pub end: U32,
+    /// Zero.
+    pub reserved: [u8; 44],
+}
+
+/// One first touch of a trace.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
+)]
+#[repr(C)]
+pub struct RawTraceTouch {
+    /// The page.
+    pub page: U64,
+    /// Microseconds since the recording began.
+    pub at: U32,
+    /// One of [`touch_reason`].
+    pub reason: u8,
+    /// Zero.
+    pub reserved: [u8; 3],
+}
+
+/// Values of [`RawTraceHeader::end`].
+pub mod trace_end {
+    /// The caller stopped the recording.
+    pub const STOPPED: u32 = 1;
+    /// The rate of first touches had settled.
+    pub const SETTLED: u32 = 2;
+    /// The time limit was reached.
+    pub const TIME_LIMIT: u32 = 3;
+    /// The limit of pages was reached.
+    pub const PAGE_LIMIT: u32 = 4;
+    /// All pages were present.
+    pub const COMPLETED: u32 = 5;
+    /// The owner ended.
+    pub const OWNER_ENDED: u32 = 6;
+    /// The trace was merged from others.
+    pub const MERGED: u32 = 7;
+}
+
+/// Values of [`RawTraceTouch::reason`].
+pub mod touch_reason {
+    /// A fault.
+    pub const DEMAND: u8 = 0;
+    /// Another means: the page was present.
+    pub const PRESENT: u8 = 1;
+}
+
 const _: () = {
+    assert!(size_of::<RawTraceHeader>() == 128);
+    assert!(size_of::<RawTraceTouch>() == 16);
     assert!(size_of::<RawHeader>() == HEADER_BYTES);
     assert!(size_of::<RawTrailer>() == TRAILER_BYTES);
     assert!(size_of::<RawSummary>() == 144);

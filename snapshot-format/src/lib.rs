@@ -113,6 +113,7 @@
 //! | leave out pages that are as in the base | [`Writer::write_from_base`] |
 //! | say where ancestors are found | [`SnapshotOptions::ancestors`], [`LayerFolders`] |
 //! | make one file of a chain, or change a base | [`flatten`], [`rebase`] |
+//! | read, merge and compare recordings of first touches | [`trace`] |
 //! | read everything, and report everything that is wrong | [`verify()`] |
 //! | know what the fields on disk mean | [`layout`], `FORMAT.md` |
 //!
@@ -148,6 +149,7 @@ mod open;
 mod sections;
 mod snapshot;
 mod store;
+pub mod trace;
 mod types;
 mod verify;
 mod writer;

@@ -118,6 +118,11 @@ structs! {
     RawBlobEntry { offset, len, crc, tag, name_offset, name_len }
     RawWorkingSetRun { first_page, pages }
     RawAncestorEntry { snapshot_id, file_bytes, reserved, trailer_hash }
+    RawTraceHeader {
+        magic, version, flags, content_digest, page_slots, begun, present_at_start, count, end,
+        reserved,
+    }
+    RawTraceTouch { page, at, reason, reserved }
 }
 
 #[test]
@@ -141,7 +146,7 @@ fn every_struct_and_constant_of_the_layout_is_documented() {
     }
     let limits = limits();
     for name in source.lines().filter_map(|line| after(line, "pub const ")) {
-        let elsewhere = name.ends_with("_MAGIC") || name == "FORMAT_VERSION";
+        let elsewhere = name.ends_with("_MAGIC") || name.ends_with("_VERSION");
         let same = name.strip_suffix("_U64").unwrap_or(&name);
         assert!(
             elsewhere || limits.contains_key(same),
@@ -198,6 +203,7 @@ fn limits_are_as_documented() {
         ("MAX_SECTION_BYTES", layout::MAX_SECTION_BYTES),
         ("MAX_PROPERTIES_BYTES", layout::MAX_PROPERTIES_BYTES),
         ("TAIL_BYTES", layout::TAIL_BYTES as u64),
+        ("MAX_TRACE_TOUCHES", layout::MAX_TRACE_TOUCHES),
     ]);
     assert_eq!(limits(), real);
     assert_eq!(layout::PAGE_SIZE_U64, layout::PAGE_SIZE as u64);
@@ -220,7 +226,9 @@ fn numbers(first: &str) -> Vec<(&'static str, u64)> {
 
 #[test]
 fn numbers_are_as_documented() {
-    use layout::{codec, optional, page_kind, region_flags, required, top_kind};
+    use layout::{
+        codec, optional, page_kind, region_flags, required, top_kind, touch_reason, trace_end,
+    };
 
     let kinds = numbers("kind");
     assert_eq!(kinds.len(), SectionKind::ALL.len());
@@ -250,6 +258,25 @@ fn numbers_are_as_documented() {
         [
             ("FILL", u64::from(page_kind::FILL)),
             ("UNAVAILABLE", u64::from(page_kind::UNAVAILABLE)),
+        ]
+    );
+    assert_eq!(
+        numbers("trace end"),
+        [
+            ("STOPPED", u64::from(trace_end::STOPPED)),
+            ("SETTLED", u64::from(trace_end::SETTLED)),
+            ("TIME_LIMIT", u64::from(trace_end::TIME_LIMIT)),
+            ("PAGE_LIMIT", u64::from(trace_end::PAGE_LIMIT)),
+            ("COMPLETED", u64::from(trace_end::COMPLETED)),
+            ("OWNER_ENDED", u64::from(trace_end::OWNER_ENDED)),
+            ("MERGED", u64::from(trace_end::MERGED)),
+        ]
+    );
+    assert_eq!(
+        numbers("touch reason"),
+        [
+            ("DEMAND", u64::from(touch_reason::DEMAND)),
+            ("PRESENT", u64::from(touch_reason::PRESENT)),
         ]
     );
     let bit = |mask: u64| u64::from(mask.trailing_zeros());
@@ -290,6 +317,7 @@ fn magics_and_version_are_as_documented() {
         ("Trailer", hex(&layout::TRAILER_MAGIC)),
         ("IndexHeader", hex(&layout::INDEX_MAGIC.to_le_bytes())),
         ("FrameHeader", hex(&layout::FRAME_MAGIC.to_le_bytes())),
+        ("TraceHeader", hex(&layout::TRACE_MAGIC)),
     ] {
         let (text, _) = section(name);
         let rows = table(text, "offset");
@@ -303,6 +331,11 @@ fn magics_and_version_are_as_documented() {
     let rows = table(header, "offset");
     assert_eq!(rows[1][3], layout::FORMAT_VERSION.to_string());
     assert_eq!(rows[2][3], layout::PAGE_SIZE.to_string());
+    let (trace, _) = section("TraceHeader");
+    assert_eq!(
+        table(trace, "offset")[1][3],
+        layout::TRACE_VERSION.to_string()
+    );
     assert!(FORMAT.starts_with("# The snaprestore file format, version 1\n"));
 }
 
