@@ -151,7 +151,6 @@ impl Medians<'_> {
         Some(((mine - 64.0 * 20.0) / flat, from))
     }
 
-
     /// Returns the bytes that replaying a working set read from the disk, against its stored size.
     fn read_for_working_set(&self) -> Found {
         let read = self.of("working-set-replay-cold", HOT, |outcome| {
@@ -502,7 +501,11 @@ pub fn all(
         "serve: eight VMs touch their working sets at once, each against one alone",
         2.5,
         "",
-        hot(working_set::NAME, working_set::EIGHT_VMS, working_set::ONE_VM),
+        hot(
+            working_set::NAME,
+            working_set::EIGHT_VMS,
+            working_set::ONE_VM,
+        ),
     );
     add(
         "30",

@@ -175,7 +175,8 @@ pub fn compare(
         let (cpu, began) = (usage::cpu_seconds(Who::Children), Instant::now());
         run(&mut optimize)?;
         let total = began.elapsed();
-        let facts = serde_json::json!({ "file_bytes": bytes_of(&out)?, "plain_bytes": bytes_of(&plain)? });
+        let facts =
+            serde_json::json!({ "file_bytes": bytes_of(&out)?, "plain_bytes": bytes_of(&plain)? });
         add(
             OPTIMIZE,
             Outcome {
