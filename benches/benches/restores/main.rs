@@ -24,13 +24,15 @@ use snaprestore_compare::machine::Machine;
 use snaprestore_compare::rounds::{self, Samples};
 use snaprestore_compare::targets::{self, Target};
 use snaprestore_compare::trial::{Runner, run_child};
+use snaprestore_compare::working_set;
 use snaprestore_compare::workload::Workload;
 use snaprestore_compare::{plot, report};
 
 /// Compares restores with the other ways to do it.
 #[derive(Debug, Parser)]
 struct Args {
-    /// Workloads to run, by name [default: all of `workloads/`, `create`, `crowd` and `layers`]
+    /// Workloads to run, by name [default: all of `workloads/`, `create`, `crowd`, `layers` and
+    /// `working-set`]
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Contenders to run: those whose names begin so [default: all]
@@ -130,6 +132,14 @@ fn main() -> Result<()> {
         println!("\n{table}");
         done.insert(layers::NAME.to_owned(), table);
     }
+    if wanted(working_set::NAME) {
+        eprintln!("working-set: {} rounds", args.rounds);
+        let images = setup.images("guest")?;
+        working_set::compare(images, &runner, args.rounds, &mut samples)?;
+        let table = working_set::table(&samples);
+        println!("\n{table}");
+        done.insert(working_set::NAME.to_owned(), table);
+    }
     for workload in &workloads {
         let images = setup.images(&workload.image)?;
         let mut say = |step: &str| {
@@ -183,7 +193,7 @@ fn write(
     fs::write(out.join("targets.md"), targets::table(&results.targets))?;
     let workloads = results.workloads.iter();
     let names = workloads.map(|workload| workload.name.as_str());
-    let in_order: Vec<&str> = [crowd::NAME, layers::NAME]
+    let in_order: Vec<&str> = [crowd::NAME, layers::NAME, working_set::NAME]
         .into_iter()
         .chain(names)
         .filter_map(|name| tables.get(name).map(String::as_str))

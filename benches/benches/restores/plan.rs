@@ -7,10 +7,10 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use snaprestore_compare::layers::{self, ChainKind, ChildSizes};
-use snaprestore_compare::prepare::Images;
+use snaprestore_compare::prepare::{Images, run};
 use snaprestore_compare::rounds::Samples;
 use snaprestore_compare::workload::Workload;
-use snaprestore_compare::{PAGE, create, crowd, wide};
+use snaprestore_compare::{PAGE, create, crowd, wide, working_set};
 use snaprestore_fixtures::guest;
 
 use crate::Args;
@@ -43,7 +43,7 @@ pub(crate) fn workloads(only: &[String], contenders: &[String]) -> Result<Vec<Wo
     let mut chosen: Vec<Workload> = if only.is_empty() {
         all.into_values().collect()
     } else {
-        let others = [create::NAME, crowd::NAME, layers::NAME];
+        let others = [create::NAME, crowd::NAME, layers::NAME, working_set::NAME];
         let names = only.iter().filter(|name| !others.contains(&name.as_str()));
         names
             .map(|name| {
@@ -97,6 +97,7 @@ impl Setup {
             let images = match name {
                 "wide" => self.wide(&folder)?,
                 "guest" => Images::new(&self.raw()?, &folder, &self.program)?,
+                "roomy" => self.roomy(&folder)?,
                 name if let Some(kind) = ChainKind::named(name) => {
                     eprintln!("writing the snapshots of the {name}");
                     layers::chain(kind, &self.raw()?, &folder, &self.program)?
@@ -132,6 +133,15 @@ impl Setup {
             Some(raw) => Ok(raw.clone()),
             None => Ok(guest::memory()?.raw),
         }
+    }
+
+    /// Returns images of the guest's memory with as much empty memory behind it.
+    fn roomy(&self, folder: &Path) -> Result<Images> {
+        let (raw, roomy) = (self.raw()?, folder.join("roomy.raw"));
+        run(Command::new("cp").arg("--sparse=auto").arg(raw).arg(&roomy))?;
+        let file = fs::File::options().write(true).open(&roomy)?;
+        file.set_len(file.metadata()?.len() * 2)?;
+        Ok(Images::new(&roomy, folder, &self.program)?)
     }
 
     fn wide(&self, folder: &Path) -> Result<Images> {

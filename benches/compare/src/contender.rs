@@ -105,6 +105,9 @@ pub struct SnapshotKind {
     /// Whether the snapshot is the end of the image's chain, in place of one file.
     #[serde(default)]
     pub layered: bool,
+    /// Whether `optimize` has packed the image's working set for itself.
+    #[serde(default)]
+    pub optimized: bool,
 }
 
 /// Memory that a contender has restored, or is restoring.
@@ -207,7 +210,8 @@ impl Ours {
         option("frame", snapshot.frame_kib.map(|kib| kib.to_string()))?;
         option("level", snapshot.level.map(|level| level.to_string()))?;
         option("dictionary", snapshot.no_dictionary.then(|| "off".into()))?;
-        option("layered", snapshot.layered.then(|| "yes".into()))
+        option("layered", snapshot.layered.then(|| "yes".into()))?;
+        option("optimized", snapshot.optimized.then(|| "yes".into()))
     }
 }
 
@@ -271,7 +275,7 @@ impl FromStr for Ours {
                 BenchError::Invalid(format!(
                     "{option:?} is no option of `ours` or `serve`; there are prefetch=off|working-set|all, fault-threads=N, \
                      prefetch-threads=N, huge-pages=yes, pinned=yes, frame-cache=MIB, frame=KIB, level=N, \
-                     dictionary=off, layered=yes"
+                     dictionary=off, layered=yes, optimized=yes"
                 ))
             };
             let (name, value) = option.split_once('=').ok_or_else(invalid)?;
@@ -291,6 +295,7 @@ impl FromStr for Ours {
                 ("level", _) => ours.snapshot.level = Some(value.parse().map_err(|_| invalid())?),
                 ("dictionary", "off") => ours.snapshot.no_dictionary = true,
                 ("layered", "yes") => ours.snapshot.layered = true,
+                ("optimized", "yes") => ours.snapshot.optimized = true,
                 _ => return Err(invalid()),
             }
         }
@@ -331,6 +336,7 @@ mod tests {
             "squashfs-128k",
             "erofs",
             "ours:prefetch=all,layered=yes",
+            "serve:prefetch=working-set,optimized=yes",
             "serve",
             "serve:prefetch=all,fault-threads=3,pinned=yes,frame-cache=0,frame=64",
             "vmm-handler",

@@ -14,6 +14,8 @@
 //! In another variant the VMs are clones that start together and do the same: each reads the first
 //! tenth of its memory, in the same shuffled order. The benchmark measures the time until the last
 //! is done, with and without sharing decoded frames.
+//!
+//! [`working_set`](crate::working_set) has VMs that start together, too.
 #![allow(unsafe_code, reason = "memory is given back to the kernel")]
 
 use std::fmt::Write as _;
@@ -22,7 +24,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
-use crate::contender::{Ours, Restored as _, SnapshotKind};
+use crate::contender::{Ours, Prefetch, Restored as _, SnapshotKind};
 use crate::contenders::vmm;
 use crate::prepare::Images;
 use crate::rounds::{Sample, Samples};
@@ -30,6 +32,7 @@ use crate::server::Server;
 use crate::stats::{Latencies, Spread, float};
 use crate::touch::Memory;
 use crate::trial::{Before, Outcome, Runner, Trial};
+use crate::working_set::mean_ms;
 use crate::workload::{Access, Order, Plan, read_pages};
 use crate::{BenchError, PAGE};
 
@@ -93,7 +96,7 @@ pub struct Member {
     /// Path of the server's socket.
     socket: PathBuf,
     bytes: u64,
-    /// A page of each frame.
+    /// File of page numbers: a page of each frame, or the pages to read.
     pages: PathBuf,
     seed: u64,
     /// When it begins, in microseconds since 1970.
@@ -109,6 +112,8 @@ enum Role {
     Storms,
     Computes,
     Reads,
+    /// Reads the listed pages in their order.
+    ReadsListed,
 }
 
 /// Files and programs shared by all crowds of a run.
@@ -150,6 +155,28 @@ pub fn compare(
         }
     }
     Ok(())
+}
+
+/// Runs `count` VMs of a snapshot that start together and read the listed pages, on a server that
+/// prefetches working sets. The outcome's time is the mean of theirs.
+pub(crate) fn at_once(
+    images: &Images,
+    runner: &Runner,
+    snapshot: &Path,
+    pages: &Path,
+    count: u64,
+) -> Result<Outcome, BenchError> {
+    let setting = Setting {
+        images,
+        runner,
+        snapshot: snapshot.to_owned(),
+        pages: pages.to_owned(),
+    };
+    let options = Ours {
+        prefetch: Prefetch::WorkingSet,
+        ..Ours::default()
+    };
+    setting.together(count, Role::ReadsListed, &options, mean_ms)
 }
 
 /// Formats the latencies of the calm VMs, in microseconds: medians over the rounds.
@@ -240,37 +267,53 @@ impl Setting<'_> {
         })
     }
 
-    /// Runs clones that start together, on a server of their own.
+    /// Runs clones that start together, on a server of their own. Its time is that of the last.
     fn clones(&self, frame_cache: Option<usize>) -> Result<Outcome, BenchError> {
-        let server = self.server(&Ours {
+        let options = Ours {
             frame_cache,
             ..Ours::default()
-        })?;
+        };
+        let last = |clones: &[Outcome]| {
+            let times = clones.iter().map(|clone| clone.total_ms);
+            times.fold(0.0, f64::max)
+        };
+        self.together(CLONES, Role::Reads, &options, last)
+    }
+
+    /// Runs VMs that start together and do the same, on a server of their own. `time` computes the
+    /// outcome's time from theirs.
+    fn together(
+        &self,
+        count: u64,
+        role: Role,
+        options: &Ours,
+        time: impl Fn(&[Outcome]) -> f64,
+    ) -> Result<Outcome, BenchError> {
+        let server = self.server(options)?;
         let before = Before::served_by(&self.snapshot, Some(server.pid()));
         let begin = now() + micros(GATHERING);
-        let clones = std::thread::scope(|scope| {
-            let clones: Vec<_> = (0..CLONES)
+        let vms = std::thread::scope(|scope| {
+            let vms: Vec<_> = (0..count)
                 .map(|_| {
-                    let trial = self.member(&server, Role::Reads, 1, begin, Duration::ZERO);
+                    let trial = self.member(&server, role, 1, begin, Duration::ZERO);
                     scope.spawn(move || self.runner.run(&trial))
                 })
                 .collect();
-            let clones = clones.into_iter().map(joined);
-            clones.collect::<Result<Vec<_>, _>>()
+            let vms = vms.into_iter().map(joined);
+            vms.collect::<Result<Vec<_>, _>>()
         })?;
-        if clones.iter().any(|clone| clone.sum != clones[0].sum) {
+        if vms.iter().any(|vm| vm.sum != vms[0].sum) {
             return Err(BenchError::WrongBytes {
                 workload: NAME.into(),
-                contender: "one clone".into(),
+                contender: "one VM".into(),
                 other: "another".into(),
             });
         }
-        let last = clones.iter().map(|clone| clone.total_ms);
         // Measured before the server exits.
         let used = before.outcome(&self.snapshot);
         Ok(Outcome {
-            total_ms: last.fold(0.0, f64::max),
-            sum: clones[0].sum,
+            total_ms: time(&vms),
+            sum: vms[0].sum,
             facts: serde_json::json!({ "server": server.stop() }),
             ..used
         })
@@ -327,12 +370,16 @@ impl Member {
                 let order = self.order(Order::Random, None);
                 on_all_threads(|thread| self.storm(memory.memory(), &order, thread));
             }
-            Role::Reads => {
+            Role::Reads | Role::ReadsListed => {
+                let offsets = if matches!(self.role, Role::Reads) {
+                    let pages = self.bytes / PAGE / CLONES_READ;
+                    Plan::new(pages, Order::Random, self.seed, 1.0, None, None).offsets
+                } else {
+                    self.order(Order::Trace, Some(read_pages(&self.pages)?))
+                };
                 self.wait();
                 let memory = vmm::start(&self.socket, self.bytes)?;
-                let pages = self.bytes / PAGE / CLONES_READ;
-                let plan = Plan::new(pages, Order::Random, self.seed, 1.0, None, None);
-                let touched = memory.memory().touch(&plan.offsets, Access::Read, 1, false);
+                let touched = memory.memory().touch(&offsets, Access::Read, 1, false);
                 let micros = now().saturating_sub(self.begin);
                 outcome.total_ms = float(micros) / 1e3;
                 outcome.sum = Some(touched.sum);

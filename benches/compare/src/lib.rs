@@ -47,6 +47,7 @@
 //! | [`create`] | writing snapshots, against writing a compressed file |
 //! | [`crowd`] | several VMs served at once, of which one storms |
 //! | [`layers`] | writing children of a base, and the chains that are restored |
+//! | [`working_set`] | the pages that an owner needs first, and how they are touched |
 //! | `server`, `usage`, `limits` | another process that serves; its costs; the costs of the parts |
 //! | [`machine`] | the machine on which the trials ran |
 //! | [`report`], [`plot`], [`stats`] | tables and charts of the results, medians and percentiles |
@@ -83,6 +84,7 @@ pub mod trial;
 mod uffd;
 mod usage;
 pub mod wide;
+pub mod working_set;
 pub mod workload;
 
 /// Bytes of a page.

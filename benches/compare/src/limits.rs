@@ -162,6 +162,92 @@ pub(crate) fn digest_blocks(path: &Path, blocks: &BTreeSet<u64>) -> Result<Outco
     Ok(outcome)
 }
 
+/// Decodes the frames that hold the pages of the working sets, and copies these pages to their
+/// places. The frames' stored bytes are among the facts.
+pub(crate) fn working_set(path: &Path, threads: usize) -> Result<Outcome, BenchError> {
+    let failed = || format!("{}: reading its working sets", path.display());
+    let snapshot = open_snapshot(path).map_err(BenchError::trial(failed()))?;
+    snapshot.prepare().map_err(BenchError::trial(failed()))?;
+    cache::warm(path)?;
+    let mut frames: BTreeMap<(u16, u64), (FrameRef, Vec<(u64, u16)>)> = BTreeMap::new();
+    for set in snapshot
+        .working_sets()
+        .map_err(BenchError::trial(failed()))?
+    {
+        let runs = snapshot
+            .working_set(&set.name)
+            .map_err(BenchError::trial(failed()))?;
+        for number in runs
+            .iter()
+            .flat_map(|run| run.first_page..run.first_page + run.pages)
+        {
+            let page = snapshot
+                .look_up(number, Reason::Prefetch)
+                .map_err(BenchError::trial(failed()))?;
+            if let Page::Stored { frame, slot } = page {
+                let frames = frames.entry((frame.layer(), frame.offset()));
+                frames
+                    .or_insert_with(|| (frame, Vec::new()))
+                    .1
+                    .push((number, slot));
+            }
+        }
+    }
+    let mut frames: Vec<_> = frames.into_values().collect();
+    let mut count = 0;
+    for (_, pages) in &mut frames {
+        pages.sort_unstable();
+        pages.dedup();
+        count += pages.len() as u64;
+    }
+    let stored: u64 = frames
+        .iter()
+        .map(|(frame, _)| u64::from(frame.stored_len()))
+        .sum();
+    let largest = frames.iter().map(|(frame, _)| frame.decoded_len()).max();
+    let state = || (FrameDecoder::new(), vec![0; largest.unwrap_or(0)]);
+    let before = Before::now(path);
+    let began = Instant::now();
+    let bytes = snapshot.page_slots() * PAGE;
+    let region = Region::anonymous(bytes)?;
+    let uffd = Uffd::open()?;
+    uffd.register(region.address(), bytes)?;
+    on_all(frames.len(), threads, state, |(decoder, buffer), item| {
+        let (frame, pages) = &frames[item];
+        let out = &mut buffer[..frame.decoded_len()];
+        decoder
+            .decode(&snapshot, frame, Reason::Prefetch, out)
+            .map_err(BenchError::trial(failed()))?;
+        let consecutive = |a: &(u64, u16), b: &(u64, u16)| (b.0, b.1) == (a.0 + 1, a.1 + 1);
+        for run in pages.chunk_by(consecutive) {
+            let (page, slot) = run[0];
+            let from = &out[usize::from(slot) * PAGE_SIZE..];
+            uffd.copy(
+                region.address() + page * PAGE,
+                from.as_ptr(),
+                run.len() as u64 * PAGE,
+            )
+            .map_err(BenchError::io("UFFDIO_COPY"))?;
+        }
+        Ok(())
+    })?;
+    let total = began.elapsed();
+    let mut outcome = before.outcome(path);
+    outcome.total_ms = total.as_secs_f64() * 1e3;
+    outcome.count = count;
+    outcome.facts = serde_json::json!({ "stored_bytes": stored, "frames": frames.len() });
+    Ok(outcome)
+}
+
+/// Returns the stored pages of a snapshot, by number.
+pub(crate) fn stored_pages(path: &Path) -> Result<Vec<u64>, BenchError> {
+    let runs = Contents::read(path)?.runs;
+    Ok(runs
+        .iter()
+        .flat_map(|(first, count)| *first..first + count)
+        .collect())
+}
+
 /// Decodes frames one by one in the order of a shuffle, each timed.
 pub(crate) fn decode_each(path: &Path, most: u64, seed: u64) -> Result<Outcome, BenchError> {
     let contents = Contents::read(path)?;

@@ -2,7 +2,8 @@
 //!
 //! | file | how |
 //! | --- | --- |
-//! | snapshots | `snaprestore create`, one for each kind that a contender names |
+//! | snapshots | `snaprestore create`, one for each kind that a contender names; `optimize` |
+//! | working set | a trace of it, and lists of pages to touch: see [`working_set`](crate::working_set) |
 //! | `.zst` | solid, level 3, with a checksum: what `zstd -3` writes |
 //! | squashfs | `mksquashfs -comp zstd`, as root where the kernel has the file system |
 //! | erofs | `mkfs.erofs` with the best codec it has, likewise |
@@ -20,6 +21,7 @@ use std::process::{Command, Stdio};
 use zstd::zstd_safe::{CCtx, CParameter, InBuffer, OutBuffer, get_error_name, zstd_sys};
 
 use crate::contender::{Contender, SnapshotKind};
+use crate::working_set::WorkingSetFiles;
 use crate::{BenchError, limits};
 
 /// Level of the solid file.
@@ -31,6 +33,7 @@ const LAYERED: SnapshotKind = SnapshotKind {
     level: None,
     no_dictionary: false,
     layered: true,
+    optimized: false,
 };
 
 /// The raw image and everything that was made from it.
@@ -147,9 +150,37 @@ impl Images {
     pub fn snapshot(&mut self, kind: &SnapshotKind) -> Result<PathBuf, BenchError> {
         self.once(snapshot_name(kind), |images| {
             let out = images.folder.join(snapshot_name(kind));
-            images.create(&out, kind)?;
+            if kind.optimized {
+                images.optimize(&out, kind)?;
+            } else {
+                images.create(&out, kind)?;
+            }
             Ok(out)
         })
+    }
+
+    /// Returns the pages of the image's working set, and how they are touched.
+    pub fn working_set(&mut self) -> Result<WorkingSetFiles, BenchError> {
+        let snapshot = self.snapshot(&SnapshotKind::default())?;
+        let files = WorkingSetFiles::in_folder(&self.folder);
+        self.once("working set".into(), |_| {
+            files.write(&snapshot)?;
+            Ok(snapshot)
+        })?;
+        Ok(files)
+    }
+
+    /// Writes a snapshot whose working set `snaprestore optimize` has packed for itself.
+    fn optimize(&mut self, out: &Path, kind: &SnapshotKind) -> Result<(), BenchError> {
+        let plain = self.snapshot(&SnapshotKind {
+            optimized: false,
+            ..kind.clone()
+        })?;
+        let trace = self.working_set()?.trace;
+        let mut command = Command::new(&self.program);
+        command.arg("optimize").arg(plain).arg("-o").arg(out);
+        command.args(["--force", "--quiet", "--trace"]).arg(trace);
+        run(&mut command)
     }
 
     /// Writes a snapshot with `snaprestore create`.
@@ -351,6 +382,9 @@ fn snapshot_name(kind: &SnapshotKind) -> String {
     if kind.layered {
         name += "-layered";
     }
+    if kind.optimized {
+        name += "-optimized";
+    }
     name + ".snap"
 }
 
@@ -487,6 +521,7 @@ mod tests {
             level,
             no_dictionary,
             layered: false,
+            optimized: false,
         };
         let names = [
             kind(None, None, false),

@@ -74,7 +74,7 @@ pub fn run(
     for limit in &workload.limits {
         let snapshot = match limit {
             Limit::DecodeChain => images.chain()?,
-            Limit::Decode | Limit::Copy | Limit::DecodeEach => {
+            Limit::Decode | Limit::Copy | Limit::DecodeEach | Limit::WorkingSet => {
                 images.snapshot(&workload.snapshot())?
             }
         };
@@ -129,6 +129,7 @@ fn limit_trial(workload: &Workload, limit: Limit, snapshot: PathBuf) -> Trial {
     match limit {
         Limit::Decode | Limit::DecodeChain => Trial::Decode { snapshot, threads },
         Limit::Copy => Trial::Copy { snapshot, threads },
+        Limit::WorkingSet => Trial::WorkingSet { snapshot, threads },
         Limit::DecodeEach => Trial::DecodeEach {
             snapshot,
             most: workload.most_pages.unwrap_or(u64::MAX),
@@ -147,6 +148,8 @@ fn trial(
     let listed = match workload.order {
         Order::Frames => Some(images.page_of_each_frame(&workload.snapshot())?),
         Order::Trace => workload.trace.clone(),
+        Order::WorkingSet => Some(images.working_set()?.touches),
+        Order::Others => Some(images.working_set()?.others),
         Order::None | Order::Sequential | Order::Random => None,
     };
     Ok(RestoreTrial {

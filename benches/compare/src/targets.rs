@@ -11,6 +11,7 @@ use crate::report::short;
 use crate::rounds::Samples;
 use crate::stats::{Latencies, Spread, float};
 use crate::trial::Outcome;
+use crate::working_set;
 
 /// One performance target.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -150,6 +151,17 @@ impl Medians<'_> {
         Some(((mine - 64.0 * 20.0) / flat, from))
     }
 
+    /// Returns the bytes that replaying a working set read from the disk, against its stored size.
+    fn read_for_working_set(&self) -> Found {
+        let read = self.of("working-set-replay-cold", HOT, |outcome| {
+            float(outcome.device_bytes)
+        })?;
+        let stored = self.of("working-set-replay", "limit:working-set", |outcome| {
+            outcome.facts["stored_bytes"].as_f64().unwrap_or(f64::NAN)
+        })?;
+        Some((read / stored, format!("{read:.0} / {stored:.0} bytes")))
+    }
+
     fn layered_fault(&self, of: fn(&Latencies) -> f64) -> Found {
         let time = |contender| self.latency("chain-faults", contender, of);
         let (mine, flat) = (time(LAYERED)?, time("ours")?);
@@ -172,6 +184,8 @@ impl Medians<'_> {
 }
 
 const OURS_ALL: &str = "ours:prefetch=all";
+const HOT: &str = "ours:prefetch=working-set,optimized=yes";
+const SERVE_HOT: &str = "serve:prefetch=working-set,optimized=yes";
 const LAYERED: &str = "ours:layered=yes";
 const LAYERED_ALL: &str = "ours:prefetch=all,layered=yes";
 const SERVE_ALL: &str = "serve:prefetch=all";
@@ -424,6 +438,95 @@ pub fn all(
         0.60,
         "",
         written(layers::FLATTEN, layers::LONG_FULL),
+    );
+    let hot = |workload, ours, other| medians.against_best(workload, ours, &[other]);
+    add(
+        "24a",
+        "touching a working set, warm, against the same without one",
+        0.25,
+        "",
+        hot("working-set-reads", HOT, "ours"),
+    );
+    add(
+        "24b",
+        "touching a working set, cold, against the same without one",
+        0.15,
+        "",
+        hot("working-set-cold-reads", HOT, "ours"),
+    );
+    add(
+        "25a",
+        "touching a working set, cold reads, against a mapped raw file",
+        0.4,
+        "",
+        hot("working-set-cold-reads", HOT, "mmap"),
+    );
+    add(
+        "25b",
+        "touching a working set, cold writes, against a mapped raw file",
+        0.4,
+        "",
+        hot("working-set-cold-writes", HOT, "mmap"),
+    );
+    add(
+        "25c",
+        "touching a working set, warm writes, against a mapped raw file",
+        1.0,
+        "",
+        hot("working-set-writes", HOT, "mmap"),
+    );
+    add(
+        "26",
+        "bytes read to replay a working set, against its stored size",
+        1.2,
+        "",
+        medians.read_for_working_set(),
+    );
+    add(
+        "27",
+        "replay of a working set, against decode and copy of its pages alone",
+        1.2,
+        "",
+        hot("working-set-replay", HOT, "limit:working-set"),
+    );
+    add(
+        "28",
+        "serve: touching a working set, against in-process",
+        1.3,
+        "",
+        hot("working-set-reads", SERVE_HOT, HOT),
+    );
+    add(
+        "29",
+        "serve: eight VMs touch their working sets at once, each against one alone",
+        2.5,
+        "",
+        hot(
+            working_set::NAME,
+            working_set::EIGHT_VMS,
+            working_set::ONE_VM,
+        ),
+    );
+    add(
+        "30",
+        "size of an optimised file, against the plain one",
+        1.03,
+        "",
+        working_set::size_ratio(samples),
+    );
+    add(
+        "31",
+        "random reads, two thirds are zero, prefetch all, against a pinned handler",
+        0.14,
+        "",
+        hot("roomy-random-reads", OURS_ALL, "handler-pinned"),
+    );
+    add(
+        "32",
+        "reading everything but the working set that was prefetched, against no prefetch",
+        1.05,
+        "",
+        hot("working-set-wrong", HOT, "ours"),
     );
     targets
 }

@@ -46,6 +46,14 @@ pub enum Trial {
         /// Threads.
         threads: usize,
     },
+    /// The frames of a snapshot's working sets decoded and their pages copied into empty memory,
+    /// and nothing else.
+    WorkingSet {
+        /// The snapshot.
+        snapshot: PathBuf,
+        /// Threads.
+        threads: usize,
+    },
     /// Frames decoded one by one, in the order of a shuffle, each timed.
     DecodeEach {
         /// The snapshot.
@@ -158,6 +166,7 @@ impl Trial {
             Self::Restore(trial) => trial.run(),
             Self::Decode { snapshot, threads } => limits::decode(snapshot, *threads),
             Self::Copy { snapshot, threads } => limits::copy(snapshot, *threads),
+            Self::WorkingSet { snapshot, threads } => limits::working_set(snapshot, *threads),
             Self::DecodeEach {
                 snapshot,
                 most,
@@ -173,6 +182,7 @@ impl Trial {
             Self::Restore(trial) => &trial.file,
             Self::Decode { snapshot, .. }
             | Self::Copy { snapshot, .. }
+            | Self::WorkingSet { snapshot, .. }
             | Self::DecodeEach { snapshot, .. } => snapshot,
             Self::Outside(outside) => &outside.file,
             Self::Member(member) => member.socket(),

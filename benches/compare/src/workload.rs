@@ -25,6 +25,11 @@ pub enum Order {
     Frames,
     /// The page numbers of a file, one a line.
     Trace,
+    /// The pages of the image's working set, in another order than they were recorded in, and a
+    /// tenth as many others among them.
+    WorkingSet,
+    /// Every stored page outside of the image's working set, shuffled.
+    Others,
 }
 
 /// Kind of access of a touch.
@@ -57,7 +62,8 @@ pub struct Workload {
     pub name: String,
     /// Description of the workload, for people.
     pub title: String,
-    /// The image: `guest` for the memory of a real guest, `child` or `chain` for the memory at the
+    /// The image: `guest` for the memory of a real guest, `roomy` for twice as much memory of which
+    /// the other half is empty, `child` or `chain` for the memory at the
     /// end of a short or long chain of snapshots of it, or the path of a raw file.
     #[serde(default = "guest")]
     pub image: String,
@@ -108,6 +114,8 @@ pub enum Limit {
     Copy,
     /// Frames decoded one by one, each timed.
     DecodeEach,
+    /// The frames of the working set decoded and its pages copied, on all cores.
+    WorkingSet,
 }
 
 impl Limit {
@@ -118,6 +126,7 @@ impl Limit {
             Self::DecodeChain => "limit:decode-chain",
             Self::Copy => "limit:copy",
             Self::DecodeEach => "limit:decode-each",
+            Self::WorkingSet => "limit:working-set",
         }
     }
 }
@@ -190,11 +199,13 @@ impl Plan {
     ) -> Self {
         let mut chosen: Vec<u64> = match (order, listed) {
             (Order::None, _) => Vec::new(),
-            (Order::Frames | Order::Trace, listed) => listed.unwrap_or_default(),
+            (Order::Frames | Order::Trace | Order::WorkingSet | Order::Others, listed) => {
+                listed.unwrap_or_default()
+            }
             (Order::Sequential | Order::Random, _) => (0..pages).collect(),
         };
         chosen.retain(|page| *page < pages);
-        if matches!(order, Order::Random | Order::Frames) {
+        if matches!(order, Order::Random | Order::Frames | Order::Others) {
             shuffle(&mut chosen, seed);
         }
         let wanted = share_of(chosen.len(), share);
@@ -239,14 +250,14 @@ fn share_of(count: usize, share: f64) -> usize {
 }
 
 /// Shuffles by the Fisher-Yates algorithm; the same seed gives the same order on every machine.
-fn shuffle(pages: &mut [u64], seed: u64) {
-    for last in (1..pages.len()).rev() {
+pub(crate) fn shuffle<T>(items: &mut [T], seed: u64) {
+    for last in (1..items.len()).rev() {
         let random = mixed(
             seed.wrapping_mul(0x9e37_79b9_7f4a_7c15)
                 .wrapping_add(last as u64),
         );
         let place = usize::try_from(random % (last as u64 + 1)).unwrap_or(0);
-        pages.swap(last, place);
+        items.swap(last, place);
     }
 }
 

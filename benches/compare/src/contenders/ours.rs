@@ -21,6 +21,7 @@ use crate::trial::open_snapshot;
 pub(crate) struct Lazily {
     // Dropped, and thereby stopped, before the memory is unmapped.
     restored: restore::Restored,
+    prefetch: Prefetch,
     open: Duration,
     start: Duration,
     memory: Memory,
@@ -95,6 +96,7 @@ pub(crate) fn start(file: &Path, bytes: u64, options: &Ours) -> Result<Lazily, B
     };
     Ok(Lazily {
         restored,
+        prefetch: options.prefetch,
         open,
         start,
         memory,
@@ -108,7 +110,8 @@ impl Restored for Lazily {
     }
 
     fn complete(&mut self) -> Result<(), BenchError> {
-        if self.restored.wait_complete() {
+        // With a working set, the restore ends when that is there.
+        if self.restored.wait_complete() || self.prefetch == Prefetch::WorkingSet {
             return Ok(());
         }
         Err(BenchError::Trial {
