@@ -12,6 +12,8 @@ use super::session_prefetch::Availability;
 pub(crate) enum PausedBy {
     /// The user of the library.
     Caller = 1 << 0,
+    /// A recording that is running.
+    Recording = 1 << 1,
 }
 
 /// The throttle of one session. Every setting can change at any time.
