@@ -142,9 +142,9 @@ pub(crate) struct Create {
     ///
     /// Holes of a sparse raw file then mean "as in the base" (see --holes), so the file may be a
     /// diff snapshot of Firecracker. All other memory is compared with the base: raw files and
-    /// streams from their start, cores and processes by regions of the same start and name. The
-    /// base is found later by its ID, under any name, in the folder of the new snapshot or in those
-    /// of --layers. It must not be changed or deleted. Damage in blocks of the base that did not
+    /// streams from their start, cores and processes by address and name of the region. The base is
+    /// found later by its ID, under any name, in the folder of the new snapshot or in those of
+    /// --layers. It must not be changed or deleted. Damage in blocks of the base that did not
     /// change is not noticed: run `snaprestore verify` on the base first.
     #[arg(long, value_name = "SNAPSHOT", value_hint = ValueHint::FilePath)]
     pub(crate) base: Option<PathBuf>,

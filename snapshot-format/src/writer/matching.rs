@@ -8,10 +8,10 @@
 //!
 //! Moved content is looked for in blocks of which at least 64 pages are not in the same place, and
 //! at least one isn't found in the same blocks. The base is sampled when the first of them turns
-//! up: up to 32 pages of one frame of each block, a sixteenth of its pages with frames of 128 KiB.
-//! Wherever content moved to, 512 consecutive pages of a dense base have sampled ones among them.
-//! Each of those that a block of the child has says by how many pages the content moved, and so
-//! where the rest of it is to be compared.
+//! up: up to 32 pages of one frame of each half of a block, an eighth of its pages with frames of
+//! 128 KiB. Wherever content moved to, 256 consecutive pages of a dense base have sampled ones
+//! among them. Each of those that a block of the child has says by how many pages the content
+//! moved, and so where the rest of it is to be compared.
 //!
 //! Which pages are found depends on the block and the base alone, not on the order in which threads
 //! examine blocks: the file would depend on it, too.
@@ -28,8 +28,8 @@ use super::base::{Base, BaseFrame, BasePage, Pages, lock};
 use super::block::{Seen, key};
 use super::dedup::Key;
 use crate::digest::{self, Digest};
-use crate::index::Top;
-use crate::layout::PAGES_PER_BLOCK_U64;
+use crate::index::{IndexBlock, Top};
+use crate::layout::{PAGES_PER_BLOCK, PAGES_PER_BLOCK_U64};
 use crate::store::Reason;
 
 /// Minimum number of pages of a block that are not in the same place for which moved content is
@@ -39,9 +39,11 @@ const MIN_MOVED_PAGES: usize = 64;
 const MAX_DISTANCES: usize = 4;
 /// Maximum number of samples: 8 MiB.
 const MAX_SAMPLES: u64 = 1 << 19;
-/// Maximum number of samples of one block.
-const MAX_BLOCK_SAMPLES: u64 = 32;
-/// Number of pages that a block's sampled frame should have.
+/// Number of consecutive pages of which one frame is sampled.
+const SAMPLED_PAGES: usize = PAGES_PER_BLOCK / 2;
+/// Maximum number of samples of one frame.
+const MAX_FRAME_SAMPLES: u64 = 32;
+/// Number of pages that a sampled frame should have.
 const ENOUGH_SAMPLES: usize = 16;
 
 /// Consecutive pages of a block that correspond to consecutive pages of the base.
@@ -273,8 +275,9 @@ impl Base {
             return sorted;
         }
         let blocks = self.snapshot().block_count();
-        let stride = blocks.div_ceil(MAX_SAMPLES).max(1);
-        let most = (MAX_SAMPLES / blocks.max(1)).clamp(1, MAX_BLOCK_SAMPLES);
+        let frames = blocks * (PAGES_PER_BLOCK / SAMPLED_PAGES) as u64;
+        let stride = frames.div_ceil(MAX_SAMPLES).max(1);
+        let most = (MAX_SAMPLES / frames.max(1)).clamp(1, MAX_FRAME_SAMPLES);
         let most = usize::try_from(most).expect("at most 32");
         loop {
             let block = samples.next.fetch_add(stride, Ordering::Relaxed);
@@ -288,7 +291,7 @@ impl Base {
             // Other threads may not be done with their last blocks.
             let mut by_block = std::mem::take(&mut *lock(&samples.by_block));
             let sampled = (0..blocks)
-                .step_by(usize::try_from(stride).expect("at most 2^8"))
+                .step_by(usize::try_from(stride).expect("at most 2^10"))
                 .map(|block| {
                     let sample = by_block.remove(&block);
                     sample.unwrap_or_else(|| self.sample(block, most))
@@ -301,8 +304,7 @@ impl Base {
         })
     }
 
-    /// Samples pages of a block: those of the first frame that has enough of them, or else of the
-    /// one that has most. A block that can't be read has none.
+    /// Samples pages of a block. A block that can't be read has none.
     fn sample(&self, block: u64, most: usize) -> Vec<Sample> {
         if self.snapshot().top(block) != Top::Block {
             return Vec::new();
@@ -310,10 +312,28 @@ impl Base {
         let Ok(index) = self.snapshot().uncached_block(block, Reason::Prefetch) else {
             return Vec::new();
         };
+        let first_page = block * PAGES_PER_BLOCK_U64;
+        let stored = (first_page..).zip((0..index.page_count()).map(|i| index.stored(i)));
+        let stored: Vec<_> = stored
+            .filter_map(|(page, stored)| stored.map(|(frame, slot)| (page, frame, slot)))
+            .collect();
+        let part = |(page, ..): &(u64, usize, u16)| (page - first_page) / SAMPLED_PAGES as u64;
+        let parts = stored.chunk_by(|a, b| part(a) == part(b));
+        let samples = parts.flat_map(|stored| self.sample_frame(&index, stored, most));
+        samples.collect()
+    }
+
+    /// Samples pages of one frame: of the first that has enough of these, or else of the one that
+    /// has most.
+    fn sample_frame(
+        &self,
+        index: &IndexBlock,
+        stored: &[(u64, usize, u16)],
+        most: usize,
+    ) -> Vec<Sample> {
         let mut uses = vec![0; index.frames().len()];
-        let stored = (0..index.page_count()).filter_map(|i| index.stored(i));
-        for (frame, _) in stored {
-            uses[frame] += 1;
+        for (_, frame, _) in stored {
+            uses[*frame] += 1;
         }
         let enough = uses.iter().position(|uses| *uses >= ENOUGH_SAMPLES);
         let largest = || (0..uses.len()).min_by_key(|frame| Reverse(uses[*frame]));
@@ -323,12 +343,9 @@ impl Base {
         let Ok(digests) = self.frame_digests(&index.frames()[number]) else {
             return Vec::new();
         };
-        let first_page = block * PAGES_PER_BLOCK_U64;
-        let pages = (first_page..).zip((0..index.page_count()).map(|i| index.stored(i)));
-        pages
-            .filter_map(|(page, stored)| stored.map(|(frame, slot)| (page, frame, slot)))
-            .filter(|(_, frame, _)| *frame == number)
-            .map(|(page, _, slot)| (key(&digests[usize::from(slot)])[0], page))
+        let of_frame = stored.iter().filter(|(_, frame, _)| *frame == number);
+        of_frame
+            .map(|(page, _, slot)| (key(&digests[usize::from(*slot)])[0], *page))
             .take(most)
             .collect()
     }

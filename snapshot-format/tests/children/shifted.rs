@@ -191,8 +191,8 @@ fn content_that_moved_by_any_number_of_pages_is_found() {
             check(&child);
         }
         // Moved in between other content, of which a part is new. Sampled pages are the first of
-        // each block.
-        let rest = base.memory[0][400 + lost % 100..].to_vec();
+        // each half of a block.
+        let rest = base.memory[0][lost % 250..].to_vec();
         let parts = vec![
             Part::new(None, data(9000..9100)),
             Part::new(None, rest),
@@ -236,7 +236,7 @@ fn damage_of_the_base_hides_moved_content_and_nothing_else() {
     };
     let memory = damaged.memory[0][1..].to_vec();
     let child = write_parts(&[vec![Part::new(None, memory)]], &damaged, options());
-    // The first frame, of 8 pages, is damaged, and the first block of the base has no others then.
+    // The first frame is damaged, so the base's first block can't be decoded.
     assert_eq!(child.written.summary.stored_pages, 511);
     check(&child);
 }
