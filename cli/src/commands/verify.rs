@@ -9,7 +9,10 @@ use anyhow::Result;
 use indicatif::HumanCount;
 use serde::Serialize;
 use snapshot_format::layout::PAGE_SIZE_U64;
-use snapshot_format::{Ancestors, FileStore, LayerFolders, Store, VerifyError, VerifyOptions};
+use snapshot_format::{
+    Ancestors, FileStore, Layer, LayerFolders, OpenError, Snapshot, Store, VerifyError,
+    VerifyOptions,
+};
 
 use crate::args;
 use crate::exit::Exit;
@@ -37,8 +40,21 @@ pub(crate) struct VerifyReport {
 #[derive(Serialize)]
 struct AncestorReport {
     ok: bool,
+    /// The reason why only those parts were checked that the verified snapshot uses: a file that
+    /// it does not need is missing or unusable.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    not_checked_alone: Option<UnneededFile>,
     #[serde(flatten)]
     report: FileReport,
+}
+
+/// An ancestor of an ancestor, without which that cannot be checked alone.
+#[derive(Serialize)]
+struct UnneededFile {
+    snapshot_id: String,
+    /// Name under which the file was last known; may be empty.
+    name: String,
+    reason: String,
 }
 
 /// Findings about one file.
@@ -174,9 +190,17 @@ impl Work<'_> {
         let open: Arc<dyn Ancestors> = Arc::new(open);
         let ancestors = snapshot.ancestors().iter().map(|layer| {
             let file = layer.name().to_owned();
-            let report = self.check(file, layer.shared_store(), Arc::clone(&open))?;
+            let checked = self.check(file.clone(), layer.shared_store(), Arc::clone(&open));
+            let (not_checked_alone, report) = match checked {
+                Ok(report) => (None, report),
+                Err(error) => match unneeded(&error, layer, &snapshot) {
+                    Some(unneeded) => (Some(unneeded), FileReport::unchecked(file)),
+                    None => return Err(error),
+                },
+            };
             Ok(AncestorReport {
                 ok: report.ok(),
+                not_checked_alone,
                 report,
             })
         });
@@ -184,7 +208,40 @@ impl Work<'_> {
     }
 }
 
+/// Returns the file for lack of which `layer` could not be opened alone, if it is one that
+/// `snapshot` does not need.
+fn unneeded(error: &anyhow::Error, layer: &Layer, snapshot: &Snapshot) -> Option<UnneededFile> {
+    let (id, reason) = match error.downcast_ref()? {
+        OpenError::AncestorMissing { id, .. } => (*id, "missing".to_owned()),
+        OpenError::AncestorUnusable { id, source, .. } => (*id, source.to_string()),
+        _ => return None,
+    };
+    let mut needed = snapshot.ancestors().iter();
+    if needed.any(|needed| needed.id() == id) {
+        return None;
+    }
+    let mut named = layer.named_ancestors().into_iter();
+    let name = named.find(|ancestor| ancestor.id == id);
+    Some(UnneededFile {
+        snapshot_id: id.to_string(),
+        name: name.map_or_else(String::new, |ancestor| ancestor.name),
+        reason,
+    })
+}
+
 impl FileReport {
+    /// Returns the report about a file of which nothing was checked alone.
+    fn unchecked(file: String) -> Self {
+        Self {
+            file,
+            frames_checked: 0,
+            pages_checked: 0,
+            problems: Vec::new(),
+            more_problems: 0,
+            not_a_snapshot: false,
+        }
+    }
+
     fn ok(&self) -> bool {
         self.problems.is_empty() && self.more_problems == 0
     }
@@ -221,11 +278,37 @@ impl FileReport {
     }
 }
 
+impl UnneededFile {
+    /// Writes why `file` was not checked alone when `own` was verified.
+    fn write(&self, f: &mut fmt::Formatter<'_>, file: &str, own: &str) -> fmt::Result {
+        let Self {
+            snapshot_id,
+            name,
+            reason,
+        } = self;
+        let name = match &name[..] {
+            "" => String::new(),
+            name => format!(" (last known as {})", names::shown(name)),
+        };
+        writeln!(
+            f,
+            "{file}: not checked beyond what {own} uses of it: its ancestor {snapshot_id}{name}, \
+             which {own} does not need, cannot be used: {reason}"
+        )
+    }
+}
+
 impl fmt::Display for VerifyReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.own.write(f, Some(self.elapsed_ms))?;
         for ancestor in self.chain.iter().flatten() {
-            ancestor.report.write(f, None)?;
+            match &ancestor.not_checked_alone {
+                Some(unneeded) => {
+                    let (file, own) = (&ancestor.report.file, &self.own.file);
+                    unneeded.write(f, &names::shown(file), &names::shown(own))?;
+                }
+                None => ancestor.report.write(f, None)?,
+            }
         }
         Ok(())
     }

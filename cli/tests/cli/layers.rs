@@ -489,6 +489,64 @@ fn chain_is_verified_wholly_on_request() {
     assert!(text.contains("base.snap: DAMAGED"), "{text}");
 }
 
+/// A file that only an ancestor lists need not be there: nothing of the snapshot lies in it.
+#[test]
+fn chain_without_a_file_that_it_does_not_need_is_verified() {
+    let folder = Folder::new();
+    base(&folder);
+    // The first block is of the base, and the second one is the child's own.
+    let pages = 2 * 512;
+    let mut memory = folder.read("base.raw")[..pages * PAGE].to_vec();
+    memory[512 * PAGE..].copy_from_slice(&noise(512 * PAGE));
+    folder.write("memory", &memory);
+    create(&folder, "memory", "base.snap", "1.snap", &[]);
+    // Of which the grandchild needs the latter only.
+    memory[..512 * PAGE].fill(0);
+    folder.write("memory", &memory);
+    create(&folder, "memory", "1.snap", "2.snap", &["--holes", "zero"]);
+    let listed = run(&folder, &["info", "2.snap", "--json"]).json()["ancestors"].clone();
+    assert_eq!(listed.as_array().unwrap().len(), 1, "{listed}");
+    let verify = ["verify", "2.snap", "--chain", "--json"];
+    let report = run(&folder, &verify).exits(0).json();
+    assert_eq!(number(&report["chain"][0], "pages_checked"), pages as u64);
+    assert_eq!(report["chain"][0].get("not_checked_alone"), None);
+
+    let whole = folder.read("base.snap");
+    let info = run(&folder, &["info", "base.snap", "--json"]).json();
+    for (bytes, reason) in [(None, "missing"), (Some(&whole[..5000]), "base.snap:")] {
+        fs::remove_file(folder.file("base.snap")).unwrap();
+        if let Some(bytes) = bytes {
+            folder.write("base.snap", bytes);
+        }
+        let report = run(&folder, &verify).exits(0).json();
+        assert_eq!(report["ok"], true);
+        assert_eq!(number(&report, "pages_checked"), pages as u64);
+        let unneeded = &report["chain"][0]["not_checked_alone"];
+        assert_eq!(unneeded["snapshot_id"], info["snapshot_id"], "{report}");
+        assert_eq!(unneeded["name"], "base.snap");
+        let told = unneeded["reason"].as_str().unwrap();
+        assert!(told.starts_with(reason), "{told}");
+        let text = run(&folder, &["verify", "2.snap", "--chain"])
+            .exits(0)
+            .text();
+        let expected = "1.snap: not checked beyond what 2.snap uses of it";
+        assert!(text.contains(expected), "{text}");
+        assert!(text.contains("last known as base.snap"), "{text}");
+        assert!(text.contains("which 2.snap does not need"), "{text}");
+        folder.write("base.snap", &whole);
+    }
+
+    // Damage in what the snapshot uses is found without the file, too.
+    fs::remove_file(folder.file("base.snap")).unwrap();
+    let mut bytes = folder.read("1.snap");
+    bytes[4096 + 200] ^= 1;
+    folder.write("1.snap", &bytes);
+    let told = run(&folder, &["verify", "2.snap", "--chain"]).exits(3);
+    assert!(told.text().contains("2.snap: DAMAGED"), "{}", told.text());
+    // A snapshot that needs the file is still refused.
+    run(&folder, &["verify", "1.snap", "--chain"]).exits(1);
+}
+
 #[test]
 fn memory_larger_or_smaller_than_the_base_is_packed() {
     let folder = Folder::new();

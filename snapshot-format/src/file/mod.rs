@@ -27,16 +27,17 @@
 //! system can neither link nor rename without replacing.
 //!
 //! Memory holds secrets: only its owner can read and write a new file. A file that replaces another
-//! gets that one's permissions, because somebody chose them.
+//! gets that one's owner, group and permissions, because somebody chose them. If this process may
+//! not give it the group, the group has no access.
 //!
 //! A target that is not a regular file (a pipe, `/dev/null`, `/dev/stdout`) is written directly. A
 //! named pipe needs a reader beforehand: nothing waits for one.
 
-use std::fs::{File, OpenOptions, Permissions};
+use std::fs::{File, Metadata, OpenOptions, Permissions};
 use std::hash::{BuildHasher, RandomState};
 use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -53,6 +54,8 @@ const PRIVATE: u32 = 0o600;
 /// Permissions that are copied from a replaced file. They exclude the bits that change the user or
 /// group of a running program.
 const KEPT_MODE_BITS: u32 = 0o777;
+/// Those that the group has.
+const GROUP_MODE_BITS: u32 = 0o070;
 /// Number of temporary names that are tried.
 const NAME_RETRIES: u32 = 100;
 
@@ -223,9 +226,10 @@ impl SnapshotFile {
             place,
         };
         if exists && let Ok(replaced) = created.target.metadata() {
-            let mode = replaced.permissions().mode() & KEPT_MODE_BITS;
-            keep_permissions(created.out.get_ref(), Permissions::from_mode(mode))
-                .map_err(FileError::io("set the permissions of", &created.target))?;
+            keep_access(created.out.get_ref(), &replaced).map_err(FileError::io(
+                "set the owner or the permissions of",
+                &created.target,
+            ))?;
         }
         Ok(created)
     }
@@ -485,11 +489,28 @@ fn claim(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Sets the permissions of a file, if the file system supports any. If not, it stays private.
-fn keep_permissions(file: &File, permissions: Permissions) -> io::Result<()> {
-    match file.set_permissions(permissions) {
-        Err(error) if is_unsupported(&error) => Ok(()),
-        result => result,
+/// Gives a private file the owner, group and permissions of the one that it replaces, as far as
+/// this process may and the file system supports them. Nobody gains access.
+fn keep_access(file: &File, replaced: &Metadata) -> io::Result<()> {
+    let made = file.metadata()?;
+    let mut mode = replaced.mode() & KEPT_MODE_BITS;
+    if made.gid() != replaced.gid() && !supported(fchown(file, None, Some(replaced.gid())))? {
+        mode &= !GROUP_MODE_BITS;
+    }
+    supported(file.set_permissions(Permissions::from_mode(mode)))?;
+    // A process that gave the file away may not be able to change it any more.
+    if made.uid() != replaced.uid() {
+        supported(fchown(file, Some(replaced.uid()), None))?;
+    }
+    Ok(())
+}
+
+/// Returns whether an operation succeeded; false if it isn't supported or permitted.
+fn supported(result: io::Result<()>) -> io::Result<bool> {
+    match result {
+        Ok(()) => Ok(true),
+        Err(error) if is_unsupported(&error) => Ok(false),
+        Err(error) => Err(error),
     }
 }
 
@@ -511,12 +532,12 @@ fn sync_system(file: &File) -> io::Result<()> {
 
 /// Copies the open `file` to one with a temporary name beside `target`, and syncs it.
 fn copy_to_named(mut file: &File, target: &Path) -> io::Result<PathBuf> {
-    let permissions = file.metadata()?.permissions();
+    let access = file.metadata()?;
     let (mut copy, temporary) = create_named(target)?;
     let copied = file
         .seek(SeekFrom::Start(0))
         .and_then(|_| io::copy(&mut file, &mut copy))
-        .and_then(|_| keep_permissions(&copy, permissions))
+        .and_then(|_| keep_access(&copy, &access))
         .and_then(|()| sync(&copy, &copy));
     match copied {
         Ok(()) => Ok(temporary),

@@ -1,5 +1,6 @@
 use std::fs;
 use std::io::Read;
+use std::os::unix::process::CommandExt as _;
 
 use super::*;
 
@@ -239,6 +240,60 @@ fn only_the_owner_reads_a_new_file_and_a_replaced_one_keeps_its_permissions() {
             assert_eq!(mode(&target), given);
         }
     }
+}
+
+#[test]
+fn replaced_file_keeps_its_owner_and_group() {
+    let name = "replaced_file_keeps_its_owner_and_group";
+    let other = (54_321, 54_322);
+    if let Some(folder) = std::env::var_os("SNAPSHOT_FILE_TEST") {
+        let (target, nameless) = (Path::new(&folder).join("snapshot"), false);
+        write_new(&target, true, nameless).commit().unwrap();
+        std::process::abort();
+    }
+    let access = |path: &Path| {
+        let file = fs::metadata(path).unwrap();
+        ((file.uid(), file.gid()), file.mode() & 0o7777)
+    };
+    for (folder, nameless, copied) in cases() {
+        let target = folder.path().join("snapshot");
+        fs::write(&target, "old").unwrap();
+        if let Err(error) = std::os::unix::fs::chown(&target, Some(other.0), Some(other.1)) {
+            return skipped(name, &format!("cannot change the owner of a file: {error}"));
+        }
+        fs::set_permissions(&target, Permissions::from_mode(0o664)).unwrap();
+        let file = write_new(&target, true, nameless);
+        let refuse = |_: &Path, _: &Path| Err(io::Error::from(Errno::EXDEV));
+        if copied {
+            file.commit_with(refuse).unwrap();
+        } else {
+            file.commit().unwrap();
+        }
+        assert_eq!(fs::read(&target).unwrap(), b"new");
+        assert_eq!(access(&target), (other, 0o664), "{nameless} {copied}");
+    }
+
+    // A user who may replace the file, but not give it away: no other group gains access.
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("snapshot");
+    fs::set_permissions(folder.path(), Permissions::from_mode(0o777)).unwrap();
+    fs::write(&target, "old").unwrap();
+    fs::set_permissions(&target, Permissions::from_mode(0o664)).unwrap();
+    // That user may not be able to run a program of this folder.
+    let program = folder.path().join("program");
+    fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+    let status = std::process::Command::new(program)
+        .args(["--exact", &format!("file::tests::{name}"), "--nocapture"])
+        .env("SNAPSHOT_FILE_TEST", folder.path())
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .uid(other.0)
+        .gid(other.1)
+        .status()
+        .unwrap();
+    assert!(!status.success(), "the process was to die");
+    assert_eq!(fs::read(&target).unwrap(), b"new");
+    assert_eq!(access(&target), (other, 0o604));
 }
 
 #[test]

@@ -192,17 +192,33 @@ fn damage_of_an_ancestor_fails_flattening_with_its_name() {
     let mut memory = base.memory.clone();
     memory[0][3] = Content::Data(5000);
     let child = write(&memory, Some((&base, How::Diff)), options());
-    let mut bytes = base.bytes.clone();
-    bytes[4096 + 100] ^= 1;
-    let layer = Layer::open(Arc::new(MemoryStore::named(bytes, "the base"))).expect("layer");
-    let options = SnapshotOptions::default().ancestors(Arc::new(Given(vec![Arc::new(layer)])));
-    let store = Arc::new(MemoryStore::new(child.bytes));
-    let damaged = Snapshot::open_with(store, &options).expect("open");
-    let result = flatten(Vec::new(), &Arc::new(damaged), rewrite_options());
-    let error = result.expect_err("damaged");
-    assert!(matches!(error, WriteError::CopiedFrame(_)), "{error}");
-    let source = std::error::Error::source(&error).expect("a source");
-    assert!(source.to_string().contains("the base: damaged frame"));
+    // All frames are copied, and none is decoded.
+    let (_, rewritten) = flat(&child);
+    assert_eq!(rewritten.copied_frames, rewritten.written.summary.frames);
+    let index = base.snapshot.index_block(0, Reason::Demand).expect("index");
+    let frame = index.frames()[0];
+    let record = usize::try_from(frame.offset()).unwrap()..;
+    let record = record.start..record.start + frame.stored_len() as usize;
+    let mut damaged = 0;
+    for at in record {
+        let mut bytes = base.bytes.clone();
+        bytes[at] ^= 1;
+        let layer = Layer::open(Arc::new(MemoryStore::named(bytes, "the base"))).expect("layer");
+        let options = SnapshotOptions::default().ancestors(Arc::new(Given(vec![Arc::new(layer)])));
+        let store = Arc::new(MemoryStore::new(child.bytes.clone()));
+        let snapshot = Snapshot::open_with(store, &options).expect("open");
+        let result = flatten(Vec::new(), &Arc::new(snapshot), rewrite_options());
+        let error = result.expect_err("damaged");
+        assert!(matches!(error, WriteError::CopiedFrame(_)), "{error}");
+        let source = std::error::Error::source(&error).expect("a source");
+        let told = source.to_string();
+        assert!(
+            told.contains("the base: damaged frame"),
+            "byte {at}: {told}"
+        );
+        damaged += 1;
+    }
+    assert!(damaged > 100, "{damaged} bytes");
 }
 
 /// Digests that were recorded wrongly, with right checksums, aren't passed on.

@@ -20,7 +20,7 @@ use snaprestore_fixtures::images::Shares;
 use snaprestore_tests::program::{Run, snaprestore};
 use snapshot_format::{Page, Reason, Snapshot};
 
-use crate::scene::{HANG_TIMEOUT, Scene, end_of, endings, within};
+use crate::scene::{HANG_TIMEOUT, PAGES, Scene, end_of, endings, within};
 
 const NAME: &str = "snap";
 const TTL: Duration = Duration::from_secs(3600);
@@ -344,6 +344,34 @@ fn unkillable_worker_is_abandoned_and_replaced() {
     let reason = reason_with(&vms, &disk.snapshot());
     assert!(reason.contains("its worker hangs reading"), "{reason}");
     assert!(reason.contains("uninterruptible sleep in "), "{reason}");
+}
+
+/// Only the file of the base is on the disk that hangs.
+#[test]
+fn hung_disk_of_an_ancestor_is_named() {
+    let test = "hung_disk_of_an_ancestor_is_named";
+    let mut scene = Scene::new(Shares::MIXED);
+    let Some(disk) = mount(test, &scene, "disk", true) else {
+        return;
+    };
+    let base = scene.snapshot.clone();
+    // Each index block is the child's own.
+    scene.branch("child", (0..PAGES).step_by(50));
+    std::fs::remove_file(base).expect("cannot remove the file");
+    let folder = disk.folder.display().to_string();
+    let options = ["--stuck-after", STUCK_AFTER, "--prefetch", "off"];
+    scene.serve(&[&options[..], &["--layers", &folder]].concat());
+    let mut bad = scene.vmm(&["--wait"]).spawn().expect("cannot start a VMM");
+    scene.wait_for(": served", 1);
+    disk.stall();
+    drop(bad.stdin.take());
+    is_killed(bad, &scene);
+    disk.go_on();
+    let vms = scene.stop();
+    let reason = reason_with(&vms, &disk.snapshot());
+    let (ancestor, child) = (disk.snapshot(), scene.snapshot.display());
+    let expected = format!("hangs reading {} for {child} and", ancestor.display());
+    assert!(reason.contains(&expected), "{reason}");
 }
 
 /// Stopping the daemon must not depend on its worker's exit.

@@ -452,6 +452,19 @@ impl Services {
         Some((ToWorker::Layer { key, name }, file))
     }
 
+    /// Names files of services by the numbers of their layers; 0 is the snapshot itself.
+    pub(super) fn files(&self, layers: &BTreeSet<(u64, u16)>) -> String {
+        let known = layers.iter().filter_map(|(key, layer)| {
+            let record = self.records.get(key)?;
+            match usize::from(*layer).checked_sub(1) {
+                None => Some(escape_path(&record.snapshot.service.snapshot)),
+                Some(ancestor) => record.files.ancestor_names().get(ancestor).cloned(),
+            }
+        });
+        let names: BTreeSet<_> = known.collect();
+        names.into_iter().collect::<Vec<_>>().join(", ")
+    }
+
     /// Names the snapshots of these services.
     pub(super) fn snapshots(&self, services: &BTreeSet<u64>) -> String {
         let known = services.iter().filter_map(|key| self.records.get(key));

@@ -592,7 +592,8 @@ impl VmRecord {
         !self.decoding().is_empty()
     }
 
-    fn decoding(&self) -> Vec<FrameId> {
+    /// Returns the frames that the worker is reading or decoding for this VM.
+    pub(super) fn decoding(&self) -> Vec<FrameId> {
         let tables = self.state.tables();
         tables.map_or_else(Vec::new, |tables| tables.vitals.decoding())
     }

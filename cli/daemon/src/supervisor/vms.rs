@@ -162,6 +162,17 @@ impl Vms {
         stuck
     }
 
+    /// Returns the services and layers of the frames that the worker reads for VMs of `services`.
+    pub(super) fn layers_being_read(&self, services: &BTreeSet<u64>) -> BTreeSet<(u64, u16)> {
+        let vms = self.records.values();
+        let vms = vms.filter(|vm| services.contains(&vm.service()));
+        vms.flat_map(|vm| {
+            let frames = vm.decoding().into_iter();
+            frames.map(|frame| (vm.service(), frame.layer))
+        })
+        .collect()
+    }
+
     /// Returns the VMs on which one worker after another gets stuck.
     pub(super) fn stuck_repeatedly(&self, stuck_after: Duration) -> Vec<u64> {
         self.ids(|record| record.has_exhausted_workers(stuck_after))

@@ -215,9 +215,13 @@ impl Supervisor {
     fn abandon_worker(&mut self) -> Result<(), RunError> {
         self.read_worker()?;
         let hung = self.vms.hung_services();
+        let files = self.services.files(&self.vms.layers_being_read(&hung));
+        let what = match self.services.snapshots(&hung) {
+            snapshots if files.is_empty() || files == snapshots => snapshots,
+            snapshots => format!("{files} for {snapshots}"),
+        };
         let why = format!(
-            "its worker hangs reading {} and cannot be killed: {}",
-            self.services.snapshots(&hung),
+            "its worker hangs reading {what} and cannot be killed: {}",
             self.workers.blocked_in()
         );
         let mut services = Vec::new();
