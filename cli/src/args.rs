@@ -419,6 +419,9 @@ pub(crate) struct Restore {
     /// Pages to fetch in the background before they are touched
     #[arg(long, value_enum, default_value_t = Prefetch::All, value_name = "WHAT")]
     pub(crate) prefetch: Prefetch,
+    /// Working set to fetch [default: all of them, in their order]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) working_set: Option<String>,
     /// Threads that serve page faults
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = threads())]
     pub(crate) threads: usize,
@@ -462,6 +465,7 @@ correspond to the options, with the same defaults; only name, snapshot and socke
   snapshot = \"/var/lib/snaprestore/web.snap\"
   socket = \"/run/snaprestore/web.socket\"
   prefetch = \"working-set\"
+  working_set = \"boot\"
   on_error = \"kill\"
   allow_uid = [1000]
   threads = 2
@@ -544,6 +548,9 @@ pub(crate) struct ServiceOptions {
     /// Pages to fetch in the background before they are touched
     #[arg(long, value_enum, default_value_t = Prefetch::WorkingSet, value_name = "WHAT")]
     pub(crate) prefetch: Prefetch,
+    /// Working set to fetch [default: all of them, in their order]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) working_set: Option<String>,
     /// Policy when a page that a VM waits for can't be restored
     #[arg(long, value_enum, default_value_t = FailurePolicy::Kill, value_name = "WHAT")]
     pub(crate) on_error: FailurePolicy,
@@ -578,6 +585,7 @@ impl ServiceOptions {
             snapshot,
             socket,
             prefetch: self.prefetch,
+            working_set: self.working_set.clone(),
             on_error: self.on_error,
             allow_uid: self.allow_uid.clone(),
             threads: self.threads,
@@ -657,7 +665,7 @@ pub(crate) struct Bench {
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = threads())]
     pub(crate) threads: usize,
     /// Contenders, separated by semicolons; `ours` and `serve` take options, for example
-    /// ours:prefetch=all,frame=64
+    /// ours:prefetch=all,frame=64 or ours:prefetch=working-set,working-set=boot
     #[arg(
         long,
         value_delimiter = ';',

@@ -448,7 +448,7 @@ pub enum ReadError {
         count: u64,
     },
     /// The caller asked for a name that the snapshot doesn't have.
-    #[error("{file}: has no {part} named {name:?}")]
+    #[error("{file}: has no {part} named {name:?}; {}", existing(names))]
     NoSuchName {
         /// The store's name.
         file: String,
@@ -456,6 +456,8 @@ pub enum ReadError {
         part: Part,
         /// The name asked for.
         name: String,
+        /// The names that there are.
+        names: Vec<String>,
     },
     /// The caller's writer failed.
     #[error("cannot write the {part} {name:?} of {file}")]
@@ -469,6 +471,24 @@ pub enum ReadError {
         /// The writer's error.
         source: io::Error,
     },
+}
+
+/// Describes the names that a snapshot has, as far as they fit a message.
+fn existing(names: &[String]) -> String {
+    const MAX_NAMES: usize = 20;
+    if names.is_empty() {
+        return "there is none".to_owned();
+    }
+    let listed: Vec<_> = names
+        .iter()
+        .take(MAX_NAMES)
+        .map(|n| format!("{n:?}"))
+        .collect();
+    let more = match names.len() - listed.len() {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    format!("there are: {}{more}", listed.join(", "))
 }
 
 impl ReadError {

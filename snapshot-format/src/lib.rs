@@ -161,7 +161,8 @@ pub use frame::{Codec, FrameRef, ListedPages, ListedRun};
 pub use index::{IndexBlock, Page, Top};
 pub use sections::is_blob_name;
 pub use snapshot::{
-    AllowMissing, Ancestor, Ancestors, FrameDecoder, Layer, LayerFolders, Snapshot, SnapshotOptions,
+    AllowMissing, Ancestor, Ancestors, FrameDecoder, Layer, LayerFolders, MAX_READ_AHEAD, Snapshot,
+    SnapshotOptions,
 };
 pub use store::{FileStore, MemoryStore, Reason, Store};
 pub use types::{

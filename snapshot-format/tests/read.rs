@@ -139,6 +139,21 @@ fn everything_in_the_file_can_be_queried() {
 }
 
 #[test]
+fn missing_working_set_is_reported_with_existing_names() {
+    let snapshot = Sample::new().open().expect("cannot open the snapshot");
+    snapshot.check_working_set("boot").expect("boot");
+    for missing in [
+        snapshot.check_working_set("none").unwrap_err(),
+        snapshot.working_set("none").unwrap_err(),
+    ] {
+        let text = missing.to_string();
+        for part in ["\"none\"", "\"boot\"", "\"idle\""] {
+            assert!(text.contains(part), "{text}");
+        }
+    }
+}
+
+#[test]
 fn frame_lists_its_pages() {
     let snapshot = Sample::new().open().expect("cannot open the snapshot");
     let Page::Stored { frame, .. } = snapshot

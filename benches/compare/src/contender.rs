@@ -79,6 +79,8 @@ pub enum Prefetch {
 pub struct Ours {
     /// Pages to prefetch.
     pub prefetch: Prefetch,
+    /// The working set to prefetch; all of them if `None`.
+    pub working_set: Option<String>,
     /// Threads that serve faults.
     pub fault_threads: Option<usize>,
     /// Threads that prefetch.
@@ -201,6 +203,7 @@ impl Ours {
             Prefetch::All => Some("all".into()),
         };
         option("prefetch", prefetch)?;
+        option("working-set", self.working_set.clone())?;
         option("fault-threads", text(self.fault_threads))?;
         option("prefetch-threads", text(self.prefetch_threads))?;
         option("huge-pages", self.huge_pages.then(|| "yes".into()))?;
@@ -273,7 +276,7 @@ impl FromStr for Ours {
         for option in text.split(',').filter(|option| !option.is_empty()) {
             let invalid = || {
                 BenchError::Invalid(format!(
-                    "{option:?} is no option of `ours` or `serve`; there are prefetch=off|working-set|all, fault-threads=N, \
+                    "{option:?} is no option of `ours` or `serve`; there are prefetch=off|working-set|all, working-set=NAME, fault-threads=N, \
                      prefetch-threads=N, huge-pages=yes, pinned=yes, frame-cache=MIB, frame=KIB, level=N, \
                      dictionary=off, layered=yes, optimized=yes"
                 ))
@@ -284,6 +287,7 @@ impl FromStr for Ours {
                 ("prefetch", "off") => ours.prefetch = Prefetch::Off,
                 ("prefetch", "working-set") => ours.prefetch = Prefetch::WorkingSet,
                 ("prefetch", "all") => ours.prefetch = Prefetch::All,
+                ("working-set", name) => ours.working_set = Some(name.to_owned()),
                 ("fault-threads", _) => ours.fault_threads = Some(number()?),
                 ("prefetch-threads", _) => ours.prefetch_threads = Some(number()?),
                 ("huge-pages", "yes") => ours.huge_pages = true,
@@ -326,7 +330,7 @@ mod tests {
         for name in [
             "ours",
             "ours:prefetch=all",
-            "ours:prefetch=working-set,fault-threads=1,prefetch-threads=3,huge-pages=yes,pinned=yes,frame=16,level=-1,dictionary=off",
+            "ours:prefetch=working-set,working-set=boot,fault-threads=1,prefetch-threads=3,huge-pages=yes,pinned=yes,frame=16,level=-1,dictionary=off",
             "mmap",
             "handler",
             "handler-pinned",

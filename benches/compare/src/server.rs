@@ -65,6 +65,9 @@ impl Server {
                 Prefetch::All => "all",
             },
         ]);
+        if let Some(name) = &options.working_set {
+            command.args(["--working-set", name]);
+        }
         if let Some(threads) = options.fault_threads {
             command.args(["--threads", &threads.to_string()]);
         }

@@ -99,6 +99,43 @@ fn memory_equals_the_source_in_any_order() {
 }
 
 #[test]
+fn selected_working_set_is_prefetched_and_must_exist() {
+    let folder = Folder::new();
+    let test = "selected_working_set_is_prefetched_and_must_exist";
+    // It has the working sets "boot" and "nothing".
+    let golden = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../fixtures/golden/v1/good-working-sets-and-attachments.snap"
+    );
+    folder.write("s", &std::fs::read(golden).unwrap());
+    let names = ["\"none\"", "\"boot\"", "\"nothing\""];
+    let socket = ["--socket", "vmm.socket", "--working-set", "none"];
+    run(
+        &folder,
+        &[&["serve", "--snapshot", "s"], &socket[..]].concat(),
+    )
+    .exits(1)
+    .says(&names);
+    let off = ["--prefetch", "off", "--working-set", "boot"];
+    restore(&folder, &off).exits(2).says(&["--prefetch off"]);
+    if !possible(&folder, test) {
+        return;
+    }
+    let missing = ["--working-set", "none"];
+    restore(&folder, &missing).exits(1).says(&names);
+    let prefetched = |set: &str| {
+        let options = ["--touch", "none", "--prefetch", "working-set"];
+        let options = [&options[..], &["--working-set", set]].concat();
+        number(
+            &restore(&folder, &options).exits(0).json(),
+            "prefetched_pages",
+        )
+    };
+    assert_eq!(prefetched("nothing"), 0);
+    assert!(prefetched("boot") > 0);
+}
+
+#[test]
 fn untouched_restore_prefetches_everything_or_nothing() {
     let folder = Folder::new();
     if !possible(

@@ -157,6 +157,13 @@ impl Pager {
         self
     }
 
+    /// Selects the working set to prefetch, like
+    /// [`Restore::working_set`](crate::restore::Restore::working_set). Default: all of them.
+    pub fn working_set(mut self, name: impl Into<String>) -> Self {
+        self.threads.working_set = Some(name.into());
+        self
+    }
+
     /// Sets how many threads prefetch for this session at once, like
     /// [`Restore::prefetch_threads`](crate::restore::Restore::prefetch_threads). Default: one per
     /// core.
@@ -268,6 +275,7 @@ impl Pager {
         begun: Instant,
     ) -> Result<Paged, AttachError> {
         may_kill(handover.owner.as_fd()).map_err(AttachError::NotPermitted)?;
+        self.threads.check_working_set(&self.snapshot)?;
         let frames = self.threads.shared().frames(&self.snapshot);
         let image = SnapshotImage::new(Arc::clone(&self.snapshot), frames)?;
         let page_map = match handover.page_map {
@@ -304,7 +312,7 @@ impl Pager {
             owner.kill("it hands over memory that is not registered");
             owner.wait_gone();
         })?;
-        let runtime = Runtime::new(session, begun, &self.threads, Box::new(|_| ()));
+        let runtime = Runtime::new(session, begun, &self.threads, Vec::new(), Box::new(|_| ()));
         let runtime = Arc::new(runtime);
         match self.threads.start(&runtime) {
             Ok(threads) => Ok(Paged {
@@ -409,7 +417,8 @@ impl Paged {
         }
     }
 
-    /// Pauses prefetch, like [`Restored::pause_prefetch`](crate::restore::Restored::pause_prefetch).
+    /// Pauses prefetch, like
+    /// [`Restored::pause_prefetch`](crate::restore::Restored::pause_prefetch).
     /// [`Paged::complete`] installs all pages nevertheless.
     pub fn pause_prefetch(&self) {
         self.runtime.pause_prefetch(PausedBy::Caller);

@@ -212,6 +212,13 @@ impl Restore {
         self
     }
 
+    /// Selects the working set to prefetch, with [`Prefetch::WorkingSet`] and [`Prefetch::All`].
+    /// The snapshot must have it. Default: all of them, in their order.
+    pub fn working_set(mut self, name: impl Into<String>) -> Self {
+        self.threads.working_set = Some(name.into());
+        self
+    }
+
     /// Sets how many threads prefetch for this session at once, from 1 to 64. They belong to
     /// [`Shared`], and are at most half as many as its first session started. Default: one per
     /// core.
@@ -274,7 +281,8 @@ impl Restore {
     /// them at its own cost. This affects only memory that the engine maps. Memory given with
     /// [`Restore::region`] is registered completely, because an unregistered range reports no
     /// unmapping or move. Disable this if the memory will be moved by `mremap`, which can't move a
-    /// partly registered range. Default: yes.
+    /// partly registered range. With [`Prefetch::All`] they are mapped once the restore is
+    /// complete, unless it is dropped before. Default: yes.
     pub fn leave_zero_runs(mut self, leave: bool) -> Self {
         self.leave_zero_runs = leave;
         self
@@ -318,6 +326,7 @@ impl Restore {
         self.watch_observer();
         let resources = |what| move |source| StartError::resources(what, source);
         let snapshot = Arc::clone(&self.snapshot);
+        self.threads.check_working_set(&snapshot)?;
         let needed = snapshot.regions();
         if let Some(index) = self.regions.keys().find(|index| **index >= needed.len()) {
             return Err(StartError::NoSuchRegion {
@@ -350,6 +359,7 @@ impl Restore {
         // In order of addresses, so that lists of the ranges grow at their end.
         by_address.sort_unstable_by_key(|(_, (memory, _))| memory.address());
         let mut kept = Vec::new();
+        let mut zeros = Vec::new();
         for (index, (memory, region)) in by_address {
             if region.pages == 0 {
                 continue;
@@ -359,6 +369,8 @@ impl Restore {
             self.register(&uffd, index, memory, region, left)?;
             prove_empty(pagemap.as_ref(), index, memory)?;
             for pages in within(region.page_numbers(), left) {
+                let address = |page| memory.address() + (page - region.first_page) * PAGE;
+                zeros.push(address(pages.start)..address(pages.end));
                 state.leave_to_kernel(pages);
             }
         }
@@ -382,7 +394,10 @@ impl Restore {
         let kept: Arc<[Range<u64>]> = kept.into();
         let collapse = self.huge_pages.then(|| left.clone());
         let on_complete = restored::on_complete(Arc::clone(&kept), collapse);
-        let runtime = Runtime::new(session, begun, &self.threads, on_complete);
+        if self.threads.prefetch != Prefetch::All {
+            zeros.clear();
+        }
+        let runtime = Runtime::new(session, begun, &self.threads, zeros, on_complete);
         let mapped = begun.elapsed();
         let runtime = Arc::new(runtime);
         self.threads.other = asker.map(|asker| {

@@ -266,9 +266,9 @@ impl Restored {
         self.runtime.wait_complete()
     }
 
-    /// Pauses prefetch until [`resume_prefetch`](Self::resume_prefetch). Touches load their pages as
-    /// before. Each thread that prefetches finishes the frame that it is loading, perhaps after this
-    /// has returned.
+    /// Pauses prefetch until [`resume_prefetch`](Self::resume_prefetch). Touches load their pages
+    /// as before. Each thread that prefetches finishes the frame that it is loading, perhaps after
+    /// this has returned.
     ///
     /// [`wait_complete`](Self::wait_complete) keeps waiting while prefetch is paused. A stop by
     /// [`StopMode::Complete`] installs all pages nevertheless.

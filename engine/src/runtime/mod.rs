@@ -17,7 +17,7 @@ mod throttle;
 
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::AcqRel, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::AcqRel, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -25,7 +25,9 @@ use snapshot_format::trace::TraceEnd;
 
 use crate::session::{Image as _, Kernel, PAGE, Session, SnapshotImage};
 use crate::stats::{Durations, RunRecord, Stats};
+use snaprestore_uffd::memory::{Advice, advise_at};
 use snaprestore_uffd::os::trim_heap;
+use snaprestore_uffd::to_usize;
 
 use prefetcher::Pool;
 pub use recording::{RecordError, Recording};
@@ -42,11 +44,13 @@ use throttle::Throttle;
 pub enum Prefetch {
     /// No pages: they are loaded when they are touched.
     Off,
-    /// The snapshot's working sets, in their order. No pages if it has none.
+    /// The snapshot's working sets, in their order, or the one that was selected. No pages if it
+    /// has none.
     WorkingSet,
     /// These page numbers, in this order.
     Pages(Vec<Range<u64>>),
-    /// The working sets, then everything else in address order.
+    /// The working sets, then everything else in address order. When the restore is complete, long
+    /// zero runs that were left to the kernel are mapped as well, which takes page tables only.
     All,
 }
 
@@ -60,6 +64,9 @@ const LEAVING_TIMEOUT: Duration = Duration::from_secs(2);
 /// Interval at which a waiter checks for what no notification announces.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
+/// Number of bytes of zeros that are mapped at once, which takes less than a millisecond.
+const MAP_BYTES: u64 = 8 << 20;
+
 /// A callback for a session that is complete, after the kernel has its memory back.
 pub(crate) type OnComplete = Box<dyn Fn(&Session<Kernel, SnapshotImage>) + Send + Sync>;
 
@@ -67,6 +74,11 @@ pub(crate) type OnComplete = Box<dyn Fn(&Session<Kernel, SnapshotImage>) + Send 
 pub(crate) struct Runtime {
     pub(crate) session: Session<Kernel, SnapshotImage>,
     begun: Instant,
+    /// Addresses of zeros that were left to the kernel, to map once the session is complete. They
+    /// are the engine's own memory, which stays mapped as long as threads are not left behind.
+    zeros: Vec<Range<u64>>,
+    /// Set when the threads must end.
+    stopping: AtomicBool,
     on_complete: OnComplete,
     pool: Arc<Pool>,
     /// The prefetch of this session, if there is one.
@@ -122,6 +134,7 @@ impl Runtime {
         mut session: Session<Kernel, SnapshotImage>,
         begun: Instant,
         options: &ThreadOptions,
+        zeros: Vec<Range<u64>>,
         on_complete: OnComplete,
     ) -> Self {
         let pool = Arc::clone(options.shared().pool());
@@ -131,6 +144,8 @@ impl Runtime {
         Self {
             session,
             begun,
+            zeros,
+            stopping: AtomicBool::new(false),
             on_complete,
             user: Mutex::new(Some(contexts::PoolUser::new(&pool))),
             pool,
@@ -172,6 +187,30 @@ impl Runtime {
                 .unwrap_or_else(PoisonError::into_inner)
                 .take(),
         );
+        if self.is_complete() {
+            self.map_zeros();
+        }
+    }
+
+    /// Maps the zeros that were left to the kernel, in bulk, so that a touch of one costs no fault.
+    fn map_zeros(&self) {
+        let is_over = || self.stopping.load(Relaxed);
+        let pieces = self.zeros.iter().flat_map(|run| {
+            let starts = (run.start..run.end).step_by(to_usize(MAP_BYTES));
+            starts.map(|start| start..run.end.min(start + MAP_BYTES))
+        });
+        for Range { start, end } in pieces {
+            self.pool.yield_briefly(is_over);
+            // Locked meanwhile, so that a call that leaves this thread behind can't return before.
+            let progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
+            if progress.left_behind || is_over() {
+                return;
+            }
+            if let Err(error) = advise_at(Advice::PopulateRead, start, end - start) {
+                tracing::debug!(%error, "mapping zeros");
+                return;
+            }
+        }
     }
 
     /// Starts the prefetch of `plan` on the pool.
@@ -229,6 +268,7 @@ impl Runtime {
     /// completes, is skipped from then on.
     pub(crate) fn end_threads(&self, threads: &mut Threads) {
         let engine = &self.session.threads;
+        self.stopping.store(true, Relaxed);
         let begun = Instant::now();
         while !engine.is_current() && begun.elapsed() < LEAVING_TIMEOUT {
             if engine.wait_gone(POLL_INTERVAL) {
@@ -304,6 +344,7 @@ impl Runtime {
             self,
             Plan {
                 prefetch: Prefetch::Off,
+                working_set: None,
                 completes: true,
                 threads: self.prefetch_threads,
                 // These threads need no entry in the session's tables.

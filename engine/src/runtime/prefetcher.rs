@@ -387,6 +387,13 @@ impl Pool {
         self.fetching.fetch_add(1, Relaxed);
     }
 
+    /// Yields to demand like [`Pool::yield_to_demand`], in a thread that runs no task.
+    pub(super) fn yield_briefly(&self, is_over: impl Fn() -> bool) {
+        self.fetching.fetch_add(1, Relaxed);
+        self.yield_to_demand(is_over);
+        self.fetching.fetch_sub(1, Relaxed);
+    }
+
     /// Waits until the threads have exited, if no feed is left.
     fn join_retired(&self, mut ring: MutexGuard<'_, Ring>) {
         while ring.feeds.is_empty() && ring.threads.is_some() {

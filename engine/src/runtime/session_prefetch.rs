@@ -11,8 +11,13 @@
 //! ```
 //!
 //! After a read that fails, or an install that finds no memory, the whole session pauses, because
-//! the next page would fare no better. A task covers at most one index block, so that the pool's
-//! threads can turn to other sessions.
+//! the next page would fare no better.
+//!
+//! A task covers at most some 2 MiB, so that the pool's threads can turn to other sessions: one
+//! index block, or many runs of a working set. A working set of an optimised file lists its pages
+//! frame by frame, in ascending order within a frame. Tasks begin where the page numbers descend,
+//! so that no two threads want the same frame, and a task can read its frames at once. With any
+//! other order it only takes longer.
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -33,12 +38,17 @@ const ROUND_INTERVAL: Duration = Duration::from_millis(1);
 const LAST_ROUND_TIMEOUT: Duration = Duration::from_secs(1);
 /// Maximum number of rounds to complete a session while another thread is always loading some page.
 const MAX_ROUNDS: u32 = 10_000;
+/// Number of pages after which a task ends where page numbers descend, and at the latest.
+const MIN_TASK_PAGES: u64 = PAGES_PER_BLOCK_U64 / 2;
+const MAX_TASK_PAGES: u64 = PAGES_PER_BLOCK_U64;
 /// Number of index blocks that one task searches for duplicates.
 const MAX_NOTED_BLOCKS: u64 = 64;
 
 /// The prefetch requested for a session.
 pub(super) struct Plan {
     pub(super) prefetch: Prefetch,
+    /// The working set to prefetch; all of them if `None`.
+    pub(super) working_set: Option<String>,
     /// Whether the session is to be completed: poisoned pages are healed before anything else, and
     /// the throttle of the prefetch is ignored.
     pub(super) completes: bool,
@@ -114,7 +124,7 @@ enum Task {
     Plan,
     Heal { last: bool },
     Note(Range<u64>),
-    Fetch { pages: Range<u64>, last: bool },
+    Fetch { batch: Vec<Range<u64>>, last: bool },
 }
 
 impl Feed {
@@ -184,13 +194,23 @@ impl Feed {
                 });
                 self.progress().noted(noted);
             }
-            Task::Fetch { pages, last } => {
-                let left = contexts.with(|context| {
+            Task::Fetch { batch, last } => {
+                contexts.with(|context| {
                     context.number = number;
-                    session.prefetch(context, pages.clone(), last, may_continue)
+                    let mut rest = &batch[..];
+                    while let Some((pages, then)) = rest.split_first() {
+                        let left =
+                            session.prefetch(context, pages.clone(), then, last, may_continue);
+                        let mut progress = self.progress();
+                        rest = then;
+                        if left.is_none_or(|left| left.is_stopped()) {
+                            progress.rests.extend(then.iter().rev().cloned());
+                            rest = &[];
+                        }
+                        progress.fetched(pages, left, session.retry_timeout, last);
+                    }
                 });
-                self.progress()
-                    .fetched(&pages, left, session.retry_timeout, last);
+                self.progress().out -= 1;
             }
         }
         Availability::Now
@@ -227,7 +247,9 @@ impl Feed {
         let mut ranges = match &self.plan.prefetch {
             Prefetch::Pages(runs) => runs.clone(),
             Prefetch::Off => Vec::new(),
-            Prefetch::WorkingSet | Prefetch::All => working_sets(session),
+            Prefetch::WorkingSet | Prefetch::All => {
+                working_sets(session, self.plan.working_set.as_deref())
+            }
         };
         for range in &mut ranges {
             range.end = range.end.min(slots);
@@ -287,11 +309,10 @@ impl Progress {
         {
             return Ok(self.give(Task::Note(blocks)));
         }
-        while let Some(pages) = self.next_pages() {
-            if session.state.any_absent(pages.clone()) && !self.failed.contains(&pages) {
-                let last = self.last;
-                return Ok(self.give(Task::Fetch { pages, last }));
-            }
+        let batch = self.next_batch(session);
+        if !batch.is_empty() {
+            let last = self.last;
+            return Ok(self.give(Task::Fetch { batch, last }));
         }
         if self.out > 0 {
             return Err(Availability::Drained);
@@ -310,6 +331,32 @@ impl Progress {
         let first = self.noting.take()?;
         let end = session.image.snapshot().block_count();
         (first < end).then(|| first..end.min(first + MAX_NOTED_BLOCKS))
+    }
+
+    /// Returns the next absent pages of the round, as parts of index blocks.
+    fn next_batch(&mut self, session: &Session<Kernel, SnapshotImage>) -> Vec<Range<u64>> {
+        let mut batch = Vec::new();
+        let mut count = 0;
+        while let Some(pages) = self.next_pages() {
+            if !session.state.any_absent(pages.clone()) || self.failed.contains(&pages) {
+                continue;
+            }
+            count += pages.end - pages.start;
+            let ends = count >= MIN_TASK_PAGES && self.descends_after(&pages);
+            batch.push(pages);
+            if ends || count >= MAX_TASK_PAGES {
+                break;
+            }
+        }
+        batch
+    }
+
+    /// Returns whether the pages that follow `pages` in the order of the round are lower.
+    fn descends_after(&self, pages: &Range<u64>) -> bool {
+        let current = self.ranges.get(self.range);
+        let is_done = current.is_none_or(|range| self.next >= range.end);
+        let following = self.ranges.get(self.range + usize::from(is_done));
+        is_done && following.is_some_and(|following| following.start < pages.start)
     }
 
     /// Returns the next pages of the round: at most one index block.
@@ -394,7 +441,6 @@ impl Progress {
         timeout: Duration,
         was_last: bool,
     ) {
-        self.out -= 1;
         let Some(left) = left else { return };
         if left.refused {
             self.over = Some(false);
@@ -439,14 +485,20 @@ impl Progress {
     }
 }
 
-/// Returns the runs of all readable working sets.
-fn working_sets(session: &Session<Kernel, SnapshotImage>) -> Vec<Range<u64>> {
+/// Returns the runs of the working set called `only`, or of all readable ones.
+fn working_sets(session: &Session<Kernel, SnapshotImage>, only: Option<&str>) -> Vec<Range<u64>> {
     let snapshot = session.image.snapshot();
-    let sets = snapshot.working_sets().unwrap_or_else(|error| {
+    let names = match only {
+        Some(name) => Ok(vec![name.to_owned()]),
+        None => snapshot
+            .working_sets()
+            .map(|sets| sets.into_iter().map(|set| set.name).collect()),
+    };
+    let names = names.unwrap_or_else(|error| {
         tracing::warn!(%error, "cannot read the working sets");
         Vec::new()
     });
-    let runs = |name: &str| -> Vec<Range<u64>> {
+    let runs = |name: &String| -> Vec<Range<u64>> {
         match snapshot.working_set(name) {
             Ok(runs) => runs
                 .iter()
@@ -458,5 +510,5 @@ fn working_sets(session: &Session<Kernel, SnapshotImage>) -> Vec<Range<u64>> {
             }
         }
     };
-    sets.iter().flat_map(|set| runs(&set.name)).collect()
+    names.iter().flat_map(runs).collect()
 }

@@ -6,6 +6,8 @@ use std::sync::{Arc, OnceLock};
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
+use snapshot_format::{ReadError, Snapshot};
+
 use crate::session::{Place, RETRY_TIMEOUT, RecordingOptions};
 use snaprestore_uffd::os::{SignalsBlocked, abort, leave_creator};
 
@@ -113,6 +115,7 @@ pub(crate) type Body = Box<dyn FnOnce(&Runtime) + Send>;
 pub(crate) struct ThreadOptions {
     pub(crate) fault_threads: usize,
     pub(crate) prefetch: Prefetch,
+    pub(crate) working_set: Option<String>,
     pub(crate) prefetch_threads: usize,
     pub(crate) prefetch_bandwidth: Option<u64>,
     pub(crate) retry_timeout: Duration,
@@ -130,6 +133,7 @@ impl Default for ThreadOptions {
         Self {
             fault_threads: 2,
             prefetch: Prefetch::Off,
+            working_set: None,
             prefetch_threads: std::thread::available_parallelism().map_or(1, NonZeroUsize::get),
             prefetch_bandwidth: None,
             retry_timeout: RETRY_TIMEOUT,
@@ -142,6 +146,12 @@ impl Default for ThreadOptions {
 }
 
 impl ThreadOptions {
+    /// Checks that `snapshot` has the working set that was selected.
+    pub(crate) fn check_working_set(&self, snapshot: &Snapshot) -> Result<(), ReadError> {
+        let selected = self.working_set.as_deref();
+        selected.map_or(Ok(()), |name| snapshot.check_working_set(name))
+    }
+
     /// Returns the resources that the session shares, which may be its own.
     pub(crate) fn shared(&self) -> &Shared {
         self.shared.get_or_init(|| match &self.hook {
@@ -229,6 +239,7 @@ impl ThreadOptions {
         }
         runtime.prefetch(Plan {
             prefetch: self.prefetch,
+            working_set: self.working_set,
             completes: false,
             threads: self.prefetch_threads,
             first_number: self.fault_threads,

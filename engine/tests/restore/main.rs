@@ -33,3 +33,4 @@ mod owner;
 mod soak;
 mod throttled;
 mod waits;
+mod working_sets;

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! decode(frame, out):
-//!     read the whole record into this thread's buffer         one read
+//!     read the whole record into this thread's buffer         one read, unless it was read ahead
 //!     CRC-32 of the record = the one that the index recorded  before any byte of it is believed
 //!     header agrees with the index; lengths add up
 //!     page list: slots within the frame, pages within its file, at most 4 pages a slot
@@ -20,17 +20,20 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::ops::Range;
 
 use zerocopy::FromBytes as _;
 use zstd::zstd_safe::{self, DCtx, DParameter, InBuffer, OutBuffer, ResetDirective};
 
-use super::Snapshot;
+use super::{Layer, Snapshot};
 use crate::error::{Defect, FrameError, ReadError};
 use crate::frame::{Codec, FrameRef, ListedPages, Parts};
 use crate::layout::{MAX_FRAME_RECORD_BYTES, PAGE_SIZE, RawFrameHeader, RawPageRun};
 use crate::store::Reason;
 use crate::types::SnapshotId;
 
+/// Maximum number of bytes of [`FrameDecoder::read_ahead`].
+pub const MAX_READ_AHEAD: usize = 1 << 20;
 /// Minimum number of pages of a frame that is decoded in steps. The writer gives such frames at
 /// least two zstd blocks.
 const MIN_STEPPED_PAGES: u16 = 16;
@@ -48,7 +51,7 @@ const WARM_UP: [u8; 10] = [0x28, 0xb5, 0x2f, 0xfd, 0, 7 << 3, 0x0b, 0, 0, 0];
 
 /// Reads and decodes frames. One for each thread; allocates all it needs when it is made.
 pub struct FrameDecoder {
-    record: Box<[u8]>,
+    records: Records,
     context: DCtx<'static>,
     /// Contexts for decoding in steps, one for each dictionary, with the dictionary's number and
     /// the layer of its file; number 0 means no dictionary, in any layer.
@@ -62,6 +65,35 @@ pub struct FrameDecoder {
 type StreamKey = (u16, u16);
 /// The key of the context without a dictionary.
 const NO_DICTIONARY: StreamKey = (0, 0);
+
+/// Frame records that were read.
+struct Records {
+    buffer: Box<[u8]>,
+    /// The part of a file that was read ahead into the front of the buffer.
+    ahead: Option<Ahead>,
+    /// The place of the current record in the buffer.
+    current: Range<usize>,
+}
+
+/// A part of a snapshot's file.
+#[derive(Clone, Copy)]
+struct Ahead {
+    snapshot: SnapshotId,
+    layer: u16,
+    offset: u64,
+    len: usize,
+}
+
+impl Ahead {
+    /// Returns the place of the record of `frame` in this part, if it lies there.
+    fn place(&self, snapshot: &Snapshot, frame: &FrameRef) -> Option<Range<usize>> {
+        let start = usize::try_from(frame.offset.checked_sub(self.offset)?).ok()?;
+        let end = start.checked_add(frame.stored_len as usize)?;
+        let is_here =
+            self.layer == frame.layer && end <= self.len && self.snapshot == snapshot.id();
+        is_here.then_some(start..end)
+    }
+}
 
 /// A frame that is decoded as far as it was asked for.
 struct PartialFrame {
@@ -89,7 +121,11 @@ impl FrameDecoder {
     /// Allocates a buffer for the largest frame record, and a decompressor.
     pub fn new() -> Self {
         Self {
-            record: vec![0; MAX_FRAME_RECORD_BYTES].into(),
+            records: Records {
+                buffer: vec![0; MAX_FRAME_RECORD_BYTES].into(),
+                ahead: None,
+                current: 0..0,
+            },
             context: DCtx::create(),
             streams: Vec::new(),
             streams_of: None,
@@ -141,6 +177,49 @@ impl FrameDecoder {
         }
     }
 
+    /// Reads the records from that of `first` to that of `last` at once, which must lie in this
+    /// order in one file, at most [`MAX_READ_AHEAD`] bytes. Frames among them are decoded without
+    /// another read, for [`Reason::Prefetch`] only, and until a record is read by itself. Every
+    /// check of a frame is made when it is decoded.
+    pub fn read_ahead(
+        &mut self,
+        snapshot: &Snapshot,
+        first: &FrameRef,
+        last: &FrameRef,
+    ) -> Result<(), FrameError> {
+        self.partial = None;
+        let records = &mut self.records;
+        records.ahead = None;
+        let end = last.offset + u64::from(last.stored_len);
+        let len = usize::try_from(end.saturating_sub(first.offset)).unwrap_or(usize::MAX);
+        if len == 0 || len > MAX_READ_AHEAD || last.layer != first.layer {
+            return Err(FrameError::Buffer {
+                offset: first.offset,
+                expected: MAX_READ_AHEAD,
+                actual: len,
+            });
+        }
+        read_from(
+            &mut records.buffer[..len],
+            snapshot.layer_of(first),
+            first.offset,
+            Reason::Prefetch,
+        )?;
+        records.ahead = Some(Ahead {
+            snapshot: snapshot.id(),
+            layer: first.layer,
+            offset: first.offset,
+            len,
+        });
+        Ok(())
+    }
+
+    /// Returns whether the record of `frame` was read ahead.
+    pub fn is_ahead(&self, snapshot: &Snapshot, frame: &FrameRef) -> bool {
+        let ahead = self.records.ahead;
+        ahead.is_some_and(|ahead| ahead.place(snapshot, frame).is_some())
+    }
+
     /// Reads, checks and decodes `frame` into `out`, which has exactly [`FrameRef::decoded_len`]
     /// bytes. On an error the content of `out` is unspecified.
     ///
@@ -154,7 +233,7 @@ impl FrameDecoder {
         out: &mut [u8],
     ) -> Result<ListedPages<'a>, FrameError> {
         self.partial = None;
-        let parts = read(&mut self.record, snapshot, frame, reason, out.len())?;
+        let parts = self.records.read(snapshot, frame, reason, out.len())?;
         decode_whole(&mut self.context, snapshot, frame, parts.payload, out)?;
         Ok(parts.listed)
     }
@@ -169,14 +248,15 @@ impl FrameDecoder {
     ) -> Result<&[u8], FrameError> {
         self.partial = None;
         let room = frame.decoded_len();
-        let parts = read(&mut self.record, snapshot, frame, reason, room)?;
+        let parts = self.records.read(snapshot, frame, reason, room)?;
         Ok(parts.payload)
     }
 
     /// Returns the payload of `frame`, which must be the last one that [`FrameDecoder::decode`]
     /// has decoded: the bytes that follow the page list in its record.
     pub(crate) fn payload(&self, frame: &FrameRef) -> &[u8] {
-        let record = &self.record[..frame.stored_len as usize];
+        debug_assert_eq!(self.records.current.len(), frame.stored_len as usize);
+        let record = self.records.current();
         let runs = RawFrameHeader::ref_from_prefix(record)
             .map_or(0, |(header, _)| usize::from(header.run_count.get()));
         &record[size_of::<RawFrameHeader>() + runs * size_of::<RawPageRun>()..]
@@ -201,7 +281,7 @@ impl FrameDecoder {
             return Ok((listed, frame.slots));
         };
         self.partial = None;
-        let parts = read(&mut self.record, snapshot, frame, reason, out.len())?;
+        let parts = self.records.read(snapshot, frame, reason, out.len())?;
         let payload = parts.payload;
         if !is_stepwise(payload, out.len()) {
             let decoded = decode_whole(&mut self.context, snapshot, frame, payload, out);
@@ -243,7 +323,7 @@ impl FrameDecoder {
         let Some(mut partial) = partial.filter(|_| out.len() == frame.decoded_len()) else {
             return self.decode(snapshot, frame, Reason::Demand, out).map(drop);
         };
-        let record = &self.record[..frame.stored_len as usize];
+        let record = self.records.current();
         let payload = &record[record.len() - partial.left..];
         let context = &mut self.streams[partial.stream].1;
         partial
@@ -316,46 +396,74 @@ impl PartialFrame {
     }
 }
 
-/// Reads the record of `frame`, and uses it only if its checksum is right.
-fn read<'a>(
-    record: &'a mut [u8],
-    snapshot: &Snapshot,
-    frame: &FrameRef,
-    reason: Reason,
-    room: usize,
-) -> Result<Parts<'a>, FrameError> {
-    if room != frame.decoded_len() {
-        return Err(FrameError::Buffer {
-            offset: frame.offset,
-            expected: frame.decoded_len(),
-            actual: room,
-        });
+impl Records {
+    /// Reads the record of `frame`, unless it was read ahead, and uses it only if its checksum is
+    /// right.
+    fn read(
+        &mut self,
+        snapshot: &Snapshot,
+        frame: &FrameRef,
+        reason: Reason,
+        room: usize,
+    ) -> Result<Parts<'_>, FrameError> {
+        if room != frame.decoded_len() {
+            return Err(FrameError::Buffer {
+                offset: frame.offset,
+                expected: frame.decoded_len(),
+                actual: room,
+            });
+        }
+        let layer = snapshot.layer_of(frame);
+        // Demand reads anew: the file may have been repaired.
+        let ahead = self.ahead.filter(|_| reason == Reason::Prefetch);
+        self.current = match ahead.and_then(|ahead| ahead.place(snapshot, frame)) {
+            Some(place) => place,
+            None => {
+                self.ahead = None;
+                // `FrameRef::check` has compared the length with the size of the buffer.
+                let len = frame.stored_len as usize;
+                read_from(&mut self.buffer[..len], layer, frame.offset, reason)?;
+                0..len
+            }
+        };
+        let record = self.current();
+        let (stored, computed) = (frame.crc, crc32fast::hash(record));
+        if computed != stored {
+            let defect = Defect::Checksum { stored, computed };
+            return Err(damaged(snapshot, frame, defect));
+        }
+        Parts::check(record, frame, layer.page_slots())
+            .and_then(|parts| {
+                if frame.codec != Codec::Raw {
+                    one_zstd_frame(parts.payload)?;
+                }
+                Ok(parts)
+            })
+            .map_err(|defect| damaged(snapshot, frame, defect))
     }
-    // `FrameRef::check` has compared the length with the size of the buffer.
-    let record = &mut record[..frame.stored_len as usize];
-    let layer = snapshot.layer_of(frame);
+
+    /// Returns the record that was read last.
+    fn current(&self) -> &[u8] {
+        &self.buffer[self.current.clone()]
+    }
+}
+
+/// Fills `buffer` from `offset` of the file of `layer` on.
+fn read_from(
+    buffer: &mut [u8],
+    layer: &Layer,
+    offset: u64,
+    reason: Reason,
+) -> Result<(), FrameError> {
     layer
         .store()
-        .read_exact_at(record, frame.offset, reason)
+        .read_exact_at(buffer, offset, reason)
         .map_err(|source| FrameError::Io {
             file: layer.name().to_owned(),
-            offset: frame.offset,
-            len: frame.stored_len.into(),
+            offset,
+            len: buffer.len() as u64,
             source,
-        })?;
-    let (stored, computed) = (frame.crc, crc32fast::hash(record));
-    if computed != stored {
-        let defect = Defect::Checksum { stored, computed };
-        return Err(damaged(snapshot, frame, defect));
-    }
-    Parts::check(record, frame, layer.page_slots())
-        .and_then(|parts| {
-            if frame.codec != Codec::Raw {
-                one_zstd_frame(parts.payload)?;
-            }
-            Ok(parts)
         })
-        .map_err(|defect| damaged(snapshot, frame, defect))
 }
 
 /// Checks that `bytes` are exactly one zstd frame. zstd itself would decode several consecutive

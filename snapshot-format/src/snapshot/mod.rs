@@ -24,7 +24,7 @@ use zstd::zstd_safe;
 use self::ancestors::Chain;
 pub(crate) use self::ancestors::name_property;
 pub use self::ancestors::{AllowMissing, Ancestor, Ancestors, LayerFolders};
-pub use self::decoder::FrameDecoder;
+pub use self::decoder::{FrameDecoder, MAX_READ_AHEAD};
 pub use self::layer::Layer;
 use self::opening::Tables;
 use crate::error::{OpenError, Part, ReadError};

@@ -125,6 +125,12 @@ impl Snapshot {
             .collect())
     }
 
+    /// Checks that there is a working set called `name`, without reading its runs.
+    pub fn check_working_set(&self, name: &str) -> Result<(), ReadError> {
+        self.named_blob(SectionKind::WorkingSets, Part::WorkingSet, name)
+            .map(drop)
+    }
+
     /// Returns the runs of the working set called `name`, in order of first touch.
     pub fn working_set(&self, name: &str) -> Result<Vec<WorkingSetRun>, ReadError> {
         let blob = self.named_blob(SectionKind::WorkingSets, Part::WorkingSet, name)?;
@@ -198,12 +204,15 @@ impl Snapshot {
         part: Part,
         name: &str,
     ) -> Result<Blob, ReadError> {
-        let blobs = self.own().blobs(kind)?;
-        let blob = blobs.into_iter().find(|blob| blob.name == name);
-        blob.ok_or_else(|| ReadError::NoSuchName {
-            file: self.name().to_owned(),
-            part,
-            name: name.to_owned(),
-        })
+        let mut blobs = self.own().blobs(kind)?;
+        match blobs.iter().position(|blob| blob.name == name) {
+            Some(at) => Ok(blobs.swap_remove(at)),
+            None => Err(ReadError::NoSuchName {
+                file: self.name().to_owned(),
+                part,
+                name: name.to_owned(),
+                names: blobs.into_iter().map(|blob| blob.name).collect(),
+            }),
+        }
     }
 }

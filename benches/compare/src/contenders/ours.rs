@@ -56,6 +56,9 @@ pub(crate) fn start(file: &Path, bytes: u64, options: &Ours) -> Result<Lazily, B
         Prefetch::WorkingSet => snaprestore_engine::Prefetch::WorkingSet,
         Prefetch::All => snaprestore_engine::Prefetch::All,
     });
+    if let Some(name) = &options.working_set {
+        restore = restore.working_set(name);
+    }
     if let Some(threads) = options.fault_threads {
         restore = restore.fault_threads(threads);
     }

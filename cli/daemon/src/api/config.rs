@@ -63,6 +63,9 @@ pub struct Service {
     /// Pages to fetch before they are touched.
     #[serde(default = "default_prefetch")]
     pub prefetch: Prefetch,
+    /// The working set to fetch; all of them if `None`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub working_set: Option<String>,
     /// The policy for a VM that waits for a page that can't be restored.
     #[serde(default = "default_on_error")]
     pub on_error: FailurePolicy,
@@ -193,6 +196,7 @@ impl Service {
             snapshot: snapshot.into(),
             socket: socket.into(),
             prefetch: default_prefetch(),
+            working_set: None,
             on_error: default_on_error(),
             allow_uid: Vec::new(),
             threads: default_threads(),
@@ -247,6 +251,11 @@ impl Service {
     fn check_settings(&self) -> Result<(), SettingError> {
         absolute("snapshot", &self.snapshot)?;
         check_socket("socket", &self.socket)?;
+        if self.prefetch == Prefetch::Off
+            && let Some(name) = &self.working_set
+        {
+            return Err(SettingError::WorkingSetOff { name: name.clone() });
+        }
         let seconds = " s";
         for (setting, value, range, unit) in [
             ("threads", self.threads as u64, THREADS, ""),
@@ -485,6 +494,7 @@ name = "db-1.2_x"
 snapshot = "/srv/db.snap"
 socket = "db.socket"
 prefetch = "all"
+working_set = "boot"
 on_error = "poison"
 allow_uid = [1000, 1001]
 threads = 4
@@ -536,6 +546,10 @@ socket_group = "kvm"
             (db.prefetch, db.on_error),
             (Prefetch::All, FailurePolicy::Poison)
         );
+        assert_eq!(
+            (&web.working_set, db.working_set.as_deref()),
+            (&None, Some("boot"))
+        );
         assert_eq!(db.allow_uid, [1000, 1001]);
         assert_eq!(
             (db.threads, db.handshake_timeout, db.retry_timeout),
@@ -577,6 +591,10 @@ socket_group = "kvm"
         refused(
             &format!("{service}prefetch = \"some\""),
             &["line 5", "working-set"],
+        );
+        refused(
+            &format!("{service}prefetch = \"off\"\nworking_set = \"boot\""),
+            &["\"a\"", "\"boot\"", "prefetch"],
         );
         refused(&format!("{service}threads = 0"), &["\"a\"", "1 to 512"]);
         refused(

@@ -252,7 +252,7 @@ impl Supervisor {
     pub fn add(&mut self, service: Service) -> Result<(), AddServiceError> {
         self.services.check_addable(&service)?;
         let (folders, timeout) = (&self.options.layers, self.options.stuck_after);
-        let files = services::open(&service.snapshot, folders, timeout)?;
+        let files = services::open(&service, folders, timeout)?;
         self.add_opened(service, files)
     }
 

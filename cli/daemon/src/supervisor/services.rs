@@ -13,8 +13,8 @@ use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
 use snaprestore_uffd::os::{Peer, credentials_of, peer_of};
-use snapshot_format::OpenError;
 use snapshot_format::names::escape_path;
+use snapshot_format::{OpenError, ReadError};
 
 use super::listener::{BoundSocket, ListenError};
 use super::snapshot_files::SnapshotFiles;
@@ -46,6 +46,9 @@ pub enum AddServiceError {
     /// The snapshot can't be used.
     #[error("cannot open the snapshot")]
     Snapshot(#[from] OpenError),
+    /// The snapshot lacks the working set of the service, or its working sets can't be read.
+    #[error("cannot use the working set")]
+    WorkingSet(#[from] ReadError),
     /// A descriptor of the snapshot could not be kept, or no thread could be started to open it.
     #[error("cannot open {snapshot}")]
     Open {
@@ -207,7 +210,7 @@ impl Services {
         self.check_addable(&service)?;
         self.opening.push(OpeningService {
             number,
-            opened: start_opening(&service.snapshot, folders)?,
+            opened: start_opening(&service, folders)?,
             service,
             since: Instant::now(),
         });
@@ -504,29 +507,33 @@ impl StoredSocket {
     }
 }
 
-/// Opens the files of a snapshot, and waits for their disks at most for `timeout`. Ancestors are
-/// looked for beside the snapshot and in `folders`.
+/// Opens the files of a service's snapshot, and waits for their disks at most for `timeout`.
+/// Ancestors are looked for beside the snapshot and in `folders`.
 pub(super) fn open(
-    path: &Path,
+    service: &Service,
     folders: &[PathBuf],
     timeout: Duration,
 ) -> Result<SnapshotFiles, AddServiceError> {
-    let opened = start_opening(path, folders)?.recv_timeout(timeout);
-    opened.map_err(|_| timed_out(path, timeout))?
+    let opened = start_opening(service, folders)?.recv_timeout(timeout);
+    opened.map_err(|_| timed_out(&service.snapshot, timeout))?
 }
 
-/// Opens the files of a snapshot in a thread of its own, since a disk may not answer. A bad
-/// snapshot is refused here, and not for each VM.
+/// Opens the files of a service's snapshot in a thread of its own, since a disk may not answer. A
+/// bad snapshot is refused here, and not for each VM.
 fn start_opening(
-    path: &Path,
+    service: &Service,
     folders: &[PathBuf],
 ) -> Result<Receiver<Result<SnapshotFiles, AddServiceError>>, AddServiceError> {
     let (sender, opened) = channel();
-    let (own, folders) = (path.to_owned(), folders.to_vec());
+    let (path, folders) = (service.snapshot.clone(), folders.to_vec());
+    let working_set = service.working_set.clone();
     let thread = std::thread::Builder::new().name("open".into());
-    let started = thread.spawn(move || sender.send(SnapshotFiles::open(&own, folders)));
+    let started = thread.spawn(move || {
+        let opened = SnapshotFiles::open(&path, folders, working_set.as_deref());
+        sender.send(opened)
+    });
     started.map_err(|source| AddServiceError::Open {
-        snapshot: escape_path(path),
+        snapshot: escape_path(&service.snapshot),
         source,
     })?;
     Ok(opened)

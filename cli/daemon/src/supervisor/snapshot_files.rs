@@ -34,11 +34,18 @@ pub(super) struct SnapshotFiles {
 
 impl SnapshotFiles {
     /// Opens the snapshot at `path`, with its ancestors, which are looked for beside it and in
-    /// `folders`.
-    pub(super) fn open(path: &Path, folders: Vec<PathBuf>) -> Result<Self, AddServiceError> {
+    /// `folders`. It must have the working set, if one is given.
+    pub(super) fn open(
+        path: &Path,
+        folders: Vec<PathBuf>,
+        working_set: Option<&str>,
+    ) -> Result<Self, AddServiceError> {
         let ancestors = Arc::new(LayerFolders::new(folders));
         let options = SnapshotOptions::default().ancestors(ancestors);
         let snapshot = Snapshot::open_with(FileStore::open_snapshot(path)?, &options)?;
+        if let Some(name) = working_set {
+            snapshot.check_working_set(name)?;
+        }
         let descriptor = |layer: &Arc<Layer>| {
             let file = layer.store().as_file().ok_or_else(not_a_file)?;
             Ok(file.try_clone()?.into())

@@ -606,7 +606,11 @@ impl OpenService {
     }
 
     fn pager(&self, shared: &Shared) -> Result<Pager, ServeError> {
-        Ok(Pager::new(self.snapshot()?)
+        let mut pager = Pager::new(self.snapshot()?);
+        if let Some(name) = &self.service.working_set {
+            pager = pager.working_set(name);
+        }
+        Ok(pager
             .shared(shared)
             .fault_threads(self.service.threads)
             .retry_timeout(Duration::from_secs(self.service.retry_timeout))

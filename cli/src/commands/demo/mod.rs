@@ -98,6 +98,7 @@ pub(crate) fn run(args: &args::Demo, output: Output, cancel: &Cancel) -> Result<
         layers: args::Layers::default(),
         touch: Touch::Random,
         prefetch: Prefetch::Off,
+        working_set: None,
         threads: 1,
         touch_threads: 2,
         seed: 1,

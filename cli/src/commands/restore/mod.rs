@@ -60,6 +60,12 @@ pub(crate) fn restore(
         )
         .into());
     }
+    if args.working_set.is_some() && args.prefetch == args::Prefetch::Off {
+        return Err(Refusal::Usage(
+            "--working-set has no effect with --prefetch off; leave one of them out".into(),
+        )
+        .into());
+    }
     let snapshot = Arc::new(layers::open(&args.file, &args.layers)?);
     let pages = Pages::all(&snapshot);
     let raw = match &args.check {
@@ -145,12 +151,14 @@ fn start(
     output: Output,
 ) -> Result<Restored, StartError> {
     let with = |on_failure| {
-        let builder = restore::Restore::new(Arc::clone(snapshot));
-        let builder = match args.record {
-            Some(_) => builder.record(RecordingOptions::default()),
-            None => builder,
-        };
-        builder
+        let mut restore = restore::Restore::new(Arc::clone(snapshot));
+        if args.record.is_some() {
+            restore = restore.record(RecordingOptions::default());
+        }
+        if let Some(name) = &args.working_set {
+            restore = restore.working_set(name);
+        }
+        restore
             .fault_threads(args.threads)
             .retry_timeout(Duration::from_secs(args.retry_timeout))
             .prefetch(match args.prefetch {

@@ -306,6 +306,12 @@ impl SharedFrames {
         })
     }
 
+    /// Returns whether `frame` is there.
+    pub(crate) fn has(&self, frame: &FrameRef) -> bool {
+        let key = self.key(frame);
+        key.is_some_and(|key| self.cache.frames.contains_key(&key))
+    }
+
     /// Looks up `frame`. A prefetcher waits for another thread that is loading it.
     pub(crate) fn look(&self, frame: &FrameRef, reason: Reason) -> CacheLookup<'_> {
         let Some(key) = self.key(frame) else {

@@ -8,7 +8,8 @@ use snapshot_format::layout::{
     MAX_FILL_RUNS, MAX_FRAME_SLOTS, MAX_LISTED_PAGES_PER_SLOT, PAGE_SIZE, PAGES_PER_BLOCK_U64,
 };
 use snapshot_format::{
-    FrameDecoder, FrameError, FrameRef, IndexBlock, Page, ReadError, Reason, Snapshot, Top,
+    FrameDecoder, FrameError, FrameRef, IndexBlock, MAX_READ_AHEAD, Page, ReadError, Reason,
+    Snapshot, Top,
 };
 
 use crate::session::content::duplicates::Duplicates;
@@ -22,6 +23,8 @@ const MAX_KEPT_BYTES: usize = 2 << 20;
 
 /// Decoded bytes that a session without shared frames keeps while a recording runs.
 const MAX_RECORDING_BYTES: u64 = 64 << 20;
+/// Maximum number of bytes between two frames that are read at once, such as an index block.
+const MAX_READ_AHEAD_GAP: u64 = 16 << 10;
 
 /// The number of the next session.
 static SESSIONS: AtomicU64 = AtomicU64::new(1);
@@ -352,6 +355,40 @@ impl Image for SnapshotImage {
 
     fn slots(&self, frame: &FrameRef) -> u16 {
         frame.slots()
+    }
+
+    fn read_ahead(&self, decoder: &mut Decoder, mut frames: impl Iterator<Item = FrameRef>) {
+        let Some(first) = frames.next() else { return };
+        let is_there = decoder.frames.is_ahead(&self.snapshot, &first)
+            || decoder.kept.iter().any(|kept| kept.frame == Some(first))
+            || self
+                .shared
+                .as_ref()
+                .is_some_and(|shared| shared.has(&first));
+        if is_there {
+            return;
+        }
+        let mut last = first;
+        for frame in frames.filter(|frame| *frame != first) {
+            let end = last.offset() + u64::from(last.stored_len());
+            let frame_end = frame.offset() + u64::from(frame.stored_len());
+            if frame == last {
+                continue;
+            }
+            if frame.layer() != first.layer()
+                || frame.offset() < end
+                || frame.offset() - end > MAX_READ_AHEAD_GAP
+                || frame_end - first.offset() > MAX_READ_AHEAD as u64
+            {
+                break;
+            }
+            last = frame;
+        }
+        if last != first
+            && let Err(error) = decoder.frames.read_ahead(&self.snapshot, &first, &last)
+        {
+            tracing::debug!(%error, "reading ahead");
+        }
     }
 
     fn decode(

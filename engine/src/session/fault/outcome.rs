@@ -122,6 +122,11 @@ pub(crate) struct Prefetched {
 }
 
 impl Prefetched {
+    /// Returns whether the call stopped before its end, and so would the next.
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.unread + self.no_memory > 0 || self.rest.is_some() || self.refused
+    }
+
     /// Adds the outcome of another call.
     pub(crate) fn add(&mut self, other: Self) {
         self.loaded += other.loaded;

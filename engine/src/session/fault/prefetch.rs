@@ -10,12 +10,15 @@ use crate::session::failure::FailureKind;
 use crate::session::fault::context::ThreadContext;
 use crate::session::fault::outcome::{InstallError, LoadError, Prefetched};
 use crate::session::platform::{Content, Image, PageNumber, Platform};
+use crate::session::state::Status;
 use crate::session::state::address_map::block_of;
 
 impl<P: Platform, I: Image> Session<P, I> {
     /// Loads the absent pages of `pages`, which must lie in one index block. `may_continue` is
     /// called before each frame or fill, with no claim held. When prefetch may compete with demand
-    /// again, it returns whether to continue; if not, the rest is left untried.
+    /// again, it returns whether to continue; if not, the rest is left untried. `then` are the
+    /// pages that follow in the next calls: their frames are read together with those of `pages`
+    /// if they lie together. That read holds no claim, so demand does not wait for it.
     ///
     /// Stops at the first page that can't be read now or for which there is no memory. Such a page
     /// is reported only if this is the `last` attempt. Returns `None` if the session ends.
@@ -23,6 +26,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         &self,
         context: &mut ThreadContext<I>,
         pages: Range<PageNumber>,
+        then: &[Range<PageNumber>],
         last: bool,
         mut may_continue: impl FnMut() -> bool,
     ) -> Option<Prefetched> {
@@ -49,6 +53,9 @@ impl<P: Platform, I: Image> Session<P, I> {
             self.advance_timeline(Instant::now());
             let large = self.is_large(page);
             next = if large { block_of(page).end } else { page + 1 };
+            if !large {
+                self.read_ahead(context, page..pages.end, then);
+            }
             match self.load(context, page, large, Reason::Prefetch, false) {
                 Ok(true) => done.loaded += 1,
                 Ok(false) => done.busy += 1,
@@ -84,6 +91,25 @@ impl<P: Platform, I: Image> Session<P, I> {
         }
         self.wake_if_settled();
         Some(done)
+    }
+
+    /// Reads the frames of the absent pages of `pages` and `then` ahead, as far as they lie
+    /// together.
+    fn read_ahead(
+        &self,
+        context: &mut ThreadContext<I>,
+        pages: Range<PageNumber>,
+        then: &[Range<PageNumber>],
+    ) {
+        let pages = std::iter::once(pages).chain(then.iter().cloned());
+        let absent = pages
+            .flatten()
+            .filter(|page| self.state.status(*page) == Status::Absent);
+        let frames = absent.map_while(|page| match self.image.content(page, Reason::Prefetch) {
+            Ok(Content::Stored(frame, _)) => Some(frame),
+            _ => None,
+        });
+        self.image.read_ahead(&mut context.decoder, frames);
     }
 
     /// Returns whether `page` is part of a large page.

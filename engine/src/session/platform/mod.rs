@@ -202,6 +202,12 @@ pub(crate) trait Image: Sync {
     /// Returns the number of pages that `frame` stores.
     fn slots(&self, frame: &Self::Frame) -> u16;
 
+    /// Reads the first of `frames`, which a prefetch is about to decode, and those of the following
+    /// that lie behind it in the file, with one large read. Nothing needs that, and an error is
+    /// reported when the frame is decoded.
+    fn read_ahead(&self, _decoder: &mut Self::Decoder, _frames: impl Iterator<Item = Self::Frame>) {
+    }
+
     /// Reads and checks `frame`, and decodes at least its first `slots` pages into the decoder's
     /// buffer. Continues where the last call stopped if that was for the same frame.
     fn decode(

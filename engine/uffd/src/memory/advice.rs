@@ -13,6 +13,9 @@ pub enum Advice {
     /// Make huge pages of the small pages that are present, now (6.1). EINVAL means that no huge
     /// page could be made, EAGAIN and ENOMEM that it may work later.
     Collapse,
+    /// Map the missing pages for reading, now (5.14): those of anonymous memory share the kernel's
+    /// zero page, and take page tables only.
+    PopulateRead,
     /// Leave the memory out of children made by `fork`.
     DontFork,
     /// Copy the memory into children, as usual.
@@ -25,6 +28,7 @@ impl Advice {
             Self::HugePages => libc::MADV_HUGEPAGE,
             Self::NoHugePages => libc::MADV_NOHUGEPAGE,
             Self::Collapse => libc::MADV_COLLAPSE,
+            Self::PopulateRead => libc::MADV_POPULATE_READ,
             Self::DontFork => libc::MADV_DONTFORK,
             Self::DoFork => libc::MADV_DOFORK,
         }

@@ -130,6 +130,14 @@ pub enum SettingError {
         /// Its length in bytes.
         len: usize,
     },
+    /// A working set is selected, and none is fetched.
+    #[error(
+        "working_set = {name:?} has no effect with prefetch = \"off\"; set prefetch to \"working-set\" or \"all\""
+    )]
+    WorkingSetOff {
+        /// The name of the working set.
+        name: String,
+    },
     /// A number is out of its range.
     #[error("{setting} = {value} must be from {min} to {max}{unit}")]
     Range {
