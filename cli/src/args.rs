@@ -7,6 +7,7 @@
 
 mod chain;
 mod ctl;
+mod working_set;
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
@@ -31,6 +32,7 @@ pub(crate) use snaprestore_daemon::api::config::Prefetch;
 
 pub(crate) use chain::{Flatten, Packing, Rebase, Tree};
 pub(crate) use ctl::{Ctl, CtlOp, CtlTop};
+pub(crate) use working_set::{Merging, Optimize, Trace, TraceCompare, TraceMerge, TraceOp};
 
 /// Saves the memory of microVMs and processes in small, verified files and restores it lazily.
 #[derive(Debug, Parser)]
@@ -63,6 +65,8 @@ pub(crate) enum Command {
     Flatten(Flatten),
     Rebase(Rebase),
     Tree(Tree),
+    Optimize(Optimize),
+    Trace(Trace),
     Restore(Restore),
     Serve(Serve),
     Ctl(Ctl),
@@ -87,6 +91,7 @@ impl Command {
             | Self::Extract(_)
             | Self::Flatten(_)
             | Self::Rebase(_)
+            | Self::Optimize(_)
             | Self::Bench(_)
             | Self::Demo(_) => true,
             Self::Man(man) => man.output.is_some(),
@@ -204,6 +209,14 @@ pub(crate) struct Create {
     #[arg(long, value_name = "N", requires = "base",
           value_parser = clap::value_parser!(u16).range(0..=1024))]
     pub(crate) flatten_after: Option<u16>,
+    /// Put the pages of this trace to the front, in order of first touch (may be repeated)
+    ///
+    /// The snapshot is packed in a file without a name first, and then written again as
+    /// `snaprestore optimize` does, with the working set "default". The trace may be one of an
+    /// earlier snapshot of the same machine, if the page numbers agree: the order is then used for
+    /// the new content, and the summary says so. The output must be a file.
+    #[arg(long = "trace", value_name = "TRACE", value_hint = ValueHint::FilePath)]
+    pub(crate) traces: Vec<PathBuf>,
     /// Compression threads [default: one per core, at most 8]
     #[arg(long, value_name = "N", value_parser = threads())]
     pub(crate) threads: Option<usize>,

@@ -113,6 +113,7 @@
 //! | leave out pages that are as in the base | [`Writer::write_from_base`] |
 //! | say where ancestors are found | [`SnapshotOptions::ancestors`], [`LayerFolders`] |
 //! | make one file of a chain, or change a base | [`flatten`], [`rebase`] |
+//! | put the pages that are needed first to the front of a file | [`optimize`] |
 //! | read, merge and compare recordings of first touches | [`trace`] |
 //! | read everything, and report everything that is wrong | [`verify()`] |
 //! | know what the fields on disk mean | [`layout`], `FORMAT.md` |
@@ -173,6 +174,7 @@ pub use verify::{
     verify,
 };
 pub use writer::{
-    BaseDamage, Dictionary, Progress, RegionSpec, RewriteOptions, Rewritten, WriteError, Writer,
-    WriterOptions, Written, flatten, rebase,
+    BaseDamage, DEFAULT_WORKING_SET, Dictionary, OptimizeOptions, Optimized, Progress, RegionSpec,
+    RewriteOptions, Rewritten, WriteError, Writer, WriterOptions, Written, flatten, optimize,
+    rebase,
 };

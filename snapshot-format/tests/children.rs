@@ -4,6 +4,8 @@
 mod chain;
 mod common;
 mod counting;
+#[path = "children/optimized.rs"]
+mod optimized;
 #[path = "children/rewritten.rs"]
 mod rewritten;
 #[path = "children/shifted.rs"]

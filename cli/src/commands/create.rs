@@ -16,14 +16,17 @@ use serde::Serialize;
 use snapshot_format::layout::{
     MAX_ANCESTORS, MAX_BLOBS, MAX_DICTIONARY_BYTES, MAX_NAME_BYTES, PAGE_SIZE, PAGE_SIZE_U64,
 };
+use snapshot_format::trace::{Trace, TraceError};
 use snapshot_format::{
-    Dictionary, FileStore, RegionSpec, Snapshot, WriteError, Writer, WriterOptions, Written,
-    dictionary,
+    DEFAULT_WORKING_SET, Dictionary, FileStore, RegionSpec, Snapshot, WriteError, Writer,
+    WriterOptions, Written, dictionary,
 };
 
 use snaprestore_uffd::memory::Mapping;
 
 use super::flatten::{self, RewriteFacts};
+use super::optimize::{self, WorkingSetFacts};
+use super::trace;
 use crate::args::{self, Holes};
 use crate::counterparts::{Counterpart, Counterparts};
 use crate::exit::{Exit, Refusal};
@@ -54,6 +57,9 @@ pub(crate) struct CreateReport {
     /// The number of files that the snapshot would have needed, if it was flattened for that.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) flattened: Option<Flattened>,
+    /// The working set at the front of the file, if there were traces.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) working_set: Option<WorkingSetFacts>,
     /// Ways in which the source may have been read differently than intended.
     pub(crate) remarks: Vec<Remark>,
     /// Time for which a process was stopped, until its memory was read.
@@ -100,6 +106,9 @@ impl fmt::Display for CreateReport {
                 "flattened   needs no other file; would have needed {ancestors}, more than {limit}"
             )?;
             write!(f, "{}", flattened.rewrite)?;
+        }
+        if let Some(set) = &self.working_set {
+            write!(f, "{set}")?;
         }
         for remark in &self.remarks {
             let what = if remark.warning { "WARNING" } else { "note" };
@@ -160,9 +169,10 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
         _ => None,
     };
     let read = args.source.iter().chain(attached).chain(dictionary);
-    for source in read.chain(&args.base) {
+    for source in read.chain(&args.base).chain(&args.traces) {
         target::refuse_source(&args.output, source)?;
     }
+    let traces = trace::read_all(&args.traces)?;
     // Reports all errors in options and target before a process is stopped.
     let settings = WriteSettings::new(args)?;
     if let Some(base) = &settings.base {
@@ -181,6 +191,10 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
     let target = Target::create(&args.output, args.force, cancel)?;
     if args.flatten_after.is_some() && !target.is_file() {
         let text = "--flatten-after needs a file as its output, as it may have to be written twice";
+        return Err(Refusal::Usage(text.into()).into());
+    }
+    if !traces.is_empty() && !target.is_file() {
+        let text = "--trace needs a file as its output, as it is written twice";
         return Err(Refusal::Usage(text.into()).into());
     }
     let mut source = source::open(args, output, cancel)?;
@@ -216,12 +230,22 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
         .finish(&remarks)
         .map_err(|error| target::named(error, &args.output))?;
     let taken_pages = written.ancestor_pages;
-    let (mut target, written, flattened) = match args.flatten_after.zip(settings.base.as_deref()) {
+    let (target, written, flattened) = match args.flatten_after.zip(settings.base.as_deref()) {
         Some((limit, base)) => {
             flatten_beyond(limit, args, base, (target, written), (output, cancel))
                 .map_err(|error| target::named(error, &args.output))?
         }
         None => (target, written, None),
+    };
+    let (mut target, written, working_set) = if traces.is_empty() {
+        (target, written, None)
+    } else {
+        let base = settings.base.as_deref();
+        let (target, written, set, remark) =
+            optimize_written(args, &traces, base, target, (output, cancel))
+                .map_err(|error| target::named(error, &args.output))?;
+        remarks.extend(remark);
+        (target, written, Some(set))
     };
     if let (None, Some((path, base))) = (
         &flattened,
@@ -242,6 +266,7 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
         }),
         facts,
         flattened,
+        working_set,
         remarks,
         held_ms,
         elapsed_ms: u64::try_from(began.elapsed().as_millis())?,
@@ -299,6 +324,57 @@ fn flatten_beyond(
         rewrite,
     };
     Ok((flat, rewritten.written, Some(flattened)))
+}
+
+/// Optimizes a snapshot that is written but has no name yet. Returns a remark if the traces are of
+/// other content.
+fn optimize_written(
+    args: &args::Create,
+    traces: &[Trace],
+    base: Option<&Snapshot>,
+    mut target: Target,
+    (output, cancel): (Output, &Cancel),
+) -> Result<(Target, Written, WorkingSetFacts, Option<Remark>)> {
+    let file = target.open_again()?.context("the output cannot be read")?;
+    let snapshot = match base {
+        Some(base) => layers::open_child(file, &args.output, base)?,
+        None => Snapshot::open(Arc::new(FileStore::from_file(file, &args.output)))?,
+    };
+    let mut others = 0;
+    for (path, trace) in args.traces.iter().zip(traces) {
+        match trace.check_matches(&snapshot) {
+            Err(TraceError::OtherContent { .. }) if trace.page_slots == snapshot.page_slots() => {
+                others += 1;
+            }
+            result => result.map_err(trace::named(path)).context(
+                "the trace cannot be used for this memory; create the snapshot without --trace",
+            )?,
+        }
+    }
+    let packing = args::Packing {
+        level: args.level,
+        threads: args.threads,
+    };
+    let plan = optimize::Plan {
+        name: DEFAULT_WORKING_SET,
+        traces,
+        merging: args::Merging::default(),
+        packing: &packing,
+    };
+    let snapshot = Arc::new(snapshot);
+    let new = Target::create(&args.output, args.force, cancel)?;
+    let (new, optimized) = plan.carry_out(new, &args.output, &snapshot, (output, cancel))?;
+    let set = WorkingSetFacts::of(&optimized, DEFAULT_WORKING_SET, traces.len());
+    let remark = (others > 0).then(|| Remark {
+        key: "traces.other_content",
+        value: others.to_string(),
+        text: format!(
+            "{} of other content: their order is used for this one, as the page numbers agree",
+            count(others, "trace")
+        ),
+        warning: false,
+    });
+    Ok((new, optimized.rewritten.written, set, remark))
 }
 
 impl WriteSettings {

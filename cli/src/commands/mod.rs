@@ -11,9 +11,11 @@ mod extract;
 mod flatten;
 mod info;
 mod man;
+mod optimize;
 mod rebase;
 mod restore;
 mod serve;
+mod trace;
 mod tree;
 mod verify;
 
@@ -33,6 +35,8 @@ pub(crate) fn run(command: Command, output: Output, cancel: &Cancel) -> Result<E
         Command::Extract(args) => extract::run(&args, output, cancel),
         Command::Flatten(args) => flatten::run(&args, output, cancel),
         Command::Rebase(args) => rebase::run(&args, output, cancel),
+        Command::Optimize(args) => optimize::run(&args, output, cancel),
+        Command::Trace(args) => trace::run(&args, output),
         Command::Tree(args) => tree::run(&args, output),
         Command::Restore(args) => restore::run(&args, output, cancel),
         Command::Serve(args) => serve::run(&args, output, cancel),

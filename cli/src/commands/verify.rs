@@ -1,11 +1,13 @@
 //! `snaprestore verify`: verifies every byte of a snapshot.
 
 use std::fmt;
+use std::fs::File;
 use std::ops::ControlFlow;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use indicatif::HumanCount;
 use serde::Serialize;
 use snapshot_format::layout::PAGE_SIZE_U64;
@@ -112,6 +114,34 @@ pub(crate) fn check(args: &args::Verify, output: Output, cancel: &Cancel) -> Res
         chain,
         elapsed_ms: u64::try_from(began.elapsed().as_millis())?,
     })
+}
+
+/// Verifies a file that is written, and does not have its name `path` yet.
+pub(crate) fn check_new(
+    file: File,
+    path: &Path,
+    ancestors: Arc<dyn Ancestors>,
+    threads: Option<usize>,
+    (output, cancel): (Output, &Cancel),
+) -> Result<()> {
+    let work = Work {
+        threads,
+        output,
+        cancel,
+    };
+    let store = Arc::new(FileStore::from_file(file, path));
+    let report = work.check(names::exact(path), store, ancestors)?;
+    let Some(problem) = report.problems.first() else {
+        return Ok(());
+    };
+    bail!(
+        "{}: not written: verifying the new file found: {} at byte {}: {}; run `snaprestore \
+         verify` on the old one",
+        names::path(path),
+        problem.what,
+        problem.offset,
+        problem.detail
+    )
 }
 
 /// A verification of one or several files.

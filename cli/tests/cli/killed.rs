@@ -14,6 +14,7 @@ use snaprestore_fixtures::host::skipped;
 use snaprestore_fixtures::images::Mix;
 
 use crate::common::{Folder, command, noise, run};
+use crate::working_sets::{scattered, write_trace};
 
 const PAGE: usize = 4096;
 
@@ -324,6 +325,54 @@ fn killed_rebase_leaves_the_child_with_one_of_its_bases() {
         &Expected {
             args: &[&rebase[..], &["-o", "new.snap"]].concat(),
             target: "new.snap",
+            memory: &memory,
+        },
+    );
+}
+
+#[test]
+fn killed_optimize_leaves_the_old_file_or_the_new_one() {
+    if !can_trace("killed_optimize_leaves_the_old_file_or_the_new_one") {
+        return;
+    }
+    let folder = Folder::new();
+    chain(&folder);
+    let memory = folder.read("other.raw");
+    write_trace(&folder, "a.trace", "old.snap", &scattered(4200));
+    // A child, in place and under a new name.
+    let optimize = [
+        "optimize",
+        "old.snap",
+        "--trace",
+        "a.trace",
+        "--threads",
+        "1",
+        "-o",
+    ];
+    for target in ["old.snap", "new.snap"] {
+        check(
+            &folder,
+            &Expected {
+                args: &[&optimize[..], &[target]].concat(),
+                target,
+                memory: &memory,
+            },
+        );
+    }
+    let create = [
+        "create",
+        "other.raw",
+        "--trace",
+        "a.trace",
+        "--threads",
+        "1",
+        "-o",
+    ];
+    check(
+        &folder,
+        &Expected {
+            args: &[&create[..], &["flat.snap"]].concat(),
+            target: "flat.snap",
             memory: &memory,
         },
     );

@@ -22,3 +22,4 @@ mod process;
 mod process_memory;
 mod restore;
 mod usage;
+mod working_sets;

@@ -96,8 +96,7 @@ impl Trace {
     pub fn merged(traces: &[Self], options: &MergeOptions) -> Result<Self, TraceError> {
         let first = traces.first().ok_or(TraceError::NoTraces)?;
         for trace in &traces[1..] {
-            let of = (first.content_digest, first.page_slots, "the first trace");
-            trace.check_same(of)?;
+            trace.check_same_memory(first, "the first trace")?;
         }
         let pages = merged_ranks(traces, *options);
         let touch = |page: MergedPage| Touch {

@@ -244,7 +244,7 @@ pub enum TraceError {
     },
     /// The trace is of other memory.
     #[error(
-        "the trace is of content {}, and {file} holds {}; record a trace of this snapshot",
+        "the trace is of content {}, and {file} of {}; record a trace of that content",
         hex(trace),
         hex(snapshot)
     )]
@@ -258,8 +258,8 @@ pub enum TraceError {
     },
     /// The trace is of memory of another size.
     #[error(
-        "the trace is of memory with {trace} page numbers, and {file} has {snapshot}; record a \
-         trace of this snapshot"
+        "the trace is of memory with {trace} page numbers, and {file} of memory with {snapshot}; \
+         record a trace of that memory"
     )]
     OtherSize {
         /// Name of the snapshot, or of the other trace.
@@ -275,13 +275,18 @@ pub enum TraceError {
 }
 
 impl TraceError {
-    /// Returns whether the error means that the file is not, or no longer, a good trace of this
-    /// version, as opposed to a failed operation.
+    /// Returns whether the error means that the file is not, or no longer, a good trace, as opposed
+    /// to a failed operation.
     pub fn is_damage(&self) -> bool {
         matches!(
             self,
             Self::NotATrace { .. } | Self::WrongLength { .. } | Self::Damaged { .. }
         )
+    }
+
+    /// Returns whether the file can't be used: it is damaged, or of another version.
+    pub fn is_unusable(&self) -> bool {
+        self.is_damage() || matches!(self, Self::UnsupportedVersion { .. })
     }
 }
 
@@ -411,6 +416,12 @@ impl Trace {
             snapshot.name(),
         );
         self.check_same(there)
+    }
+
+    /// Returns an error unless the trace is of the same content as `other`, which is called `name`
+    /// in the error.
+    pub fn check_same_memory(&self, other: &Self, name: &str) -> Result<(), TraceError> {
+        self.check_same((other.content_digest, other.page_slots, name))
     }
 
     fn check_same(&self, (digest, slots, name): (Digest, u64, &str)) -> Result<(), TraceError> {

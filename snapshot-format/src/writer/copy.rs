@@ -18,6 +18,10 @@
 //! digest is that of the new base's block become the base's. In the others, pages that lay in an
 //! ancestor are first assumed to be as in the new base; if the block's digest says that this is
 //! right, the old ancestor isn't needed.
+//!
+//! With hot pages, these go to frames of their own, before everything else: see `hot`.
+
+mod hot;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -42,6 +46,8 @@ use crate::layout::{
 };
 use crate::snapshot::{FrameDecoder, Snapshot};
 use crate::store::Reason;
+use hot::Hot;
+pub(super) use hot::{HotPages, Wanted};
 
 /// Percentage of a frame's slots that must be in use for it to be copied as it is.
 ///
@@ -60,6 +66,7 @@ pub(super) struct CopySource {
     /// Digest of each block as recorded; empty if the file records none.
     recorded: Vec<Digest>,
     base: Option<NewBase>,
+    hot: Hot,
     /// Frames whose pages go into the new file, in the order of their first use.
     frames: Vec<Planned>,
     by_place: HashMap<Place, usize>,
@@ -71,6 +78,16 @@ pub(super) struct CopySource {
     /// Buffers of blocks, and of frame records.
     buffers: Arc<Stock<Vec<u8>>>,
     records: Arc<Records>,
+}
+
+/// The purpose of a copy.
+pub(super) enum Purpose<'a> {
+    /// A file that needs no other.
+    OneFile,
+    /// A child of another base. `old_base` is the name of the one so far, for messages.
+    NewBase { old_base: &'a str },
+    /// A file of the same ancestors, if any, with hot pages at its front.
+    Hot(Wanted),
 }
 
 /// Layer and offset of a frame.
@@ -90,6 +107,8 @@ struct Planned {
     /// Number among the copied frames, and number of its dictionary or 0; none if its pages are
     /// repacked.
     copied: Option<(u32, u16)>,
+    /// Hot slots, sorted, each with its number among all hot slots.
+    hot: Vec<(u16, u32)>,
 }
 
 /// A copied frame that is ready to be written.
@@ -137,18 +156,26 @@ struct Block {
 }
 
 impl CopySource {
-    /// Plans the copy of `snapshot`, for which `base` becomes the base if there is one. `old_base`
-    /// is the name of the one so far.
+    /// Plans the copy of `snapshot`. `base` is the base of the new file, if it has one.
     pub(super) fn plan(
         snapshot: &Arc<Snapshot>,
         base: Option<&Arc<Base>>,
-        old_base: &str,
+        purpose: Purpose<'_>,
         workers: &Workers,
     ) -> Result<Self, WriteError> {
         snapshot.prepare().map_err(WriteError::Copied)?;
+        let (new_base, hot) = match purpose {
+            Purpose::OneFile => (None, Hot::default()),
+            Purpose::NewBase { old_base } => {
+                let base = base.map(|base| NewBase::new(snapshot, base, old_base));
+                (base, Hot::default())
+            }
+            Purpose::Hot(wanted) => (None, Hot::new(wanted, base)),
+        };
         let mut source = Self {
             recorded: block_digests(snapshot).map_err(WriteError::Copied)?,
-            base: base.map(|base| NewBase::new(snapshot, base, old_base)),
+            base: new_base,
+            hot,
             frames: Vec::new(),
             by_place: HashMap::new(),
             dictionaries: Vec::new(),
@@ -176,6 +203,7 @@ impl CopySource {
             }
             first = end;
         }
+        source.assign_hot();
         source.decide()?;
         Ok(source)
     }
@@ -196,7 +224,9 @@ impl CopySource {
     }
 
     fn needs_index(&self, block: u64) -> bool {
-        self.snapshot.top(block) == Top::Block && self.kept(block).is_none()
+        let is_kept = self.kept(block).is_some()
+            || self.is_of_ancestor(block) && self.hot.in_block(block).is_empty();
+        self.snapshot.top(block) == Top::Block && !is_kept
     }
 
     /// Returns the new base's block that is the same as `block`, and its digest.
@@ -248,7 +278,7 @@ impl CopySource {
 
     /// Notes which frames the pages of a block use.
     fn note(&mut self, block: u64, index: &IndexBlock) -> Result<(), WriteError> {
-        let own_only = self.base.is_some();
+        let own_only = self.base.is_some() || self.hot.keeps_ancestors();
         let mut planned: Vec<Option<usize>> = vec![None; index.frames().len()];
         for i in 0..index.page_count() {
             let Some((number, slot)) = index.stored(i) else {
@@ -277,6 +307,7 @@ impl CopySource {
             planned.last_block = block;
             planned.is_listed &= planned.pages.list(page, slot);
         }
+        self.note_hot(block, index);
         Ok(())
     }
 
@@ -294,6 +325,7 @@ impl CopySource {
                 pages: PageList::new(page, frame.slots()),
                 is_listed: true,
                 copied: None,
+                hot: Vec::new(),
             });
         }
         at
@@ -302,9 +334,15 @@ impl CopySource {
     /// Decides which frames are copied as they are.
     fn decide(&mut self) -> Result<(), WriteError> {
         let mut numbers: HashMap<(u16, u16), Option<u16>> = HashMap::new();
-        let mut copies = 0;
+        // The hot frames have the first numbers.
+        let mut copies = self.hot.frame_count();
         for planned in &mut self.frames {
             let frame = planned.frame;
+            // What is left of a frame with hot pages is repacked: a copy would hold them twice.
+            if !planned.hot.is_empty() || self.hot.keeps_ancestors() && frame.layer() > 0 {
+                planned.pages = PageList::default();
+                continue;
+            }
             let in_use = planned.pages.slots_in_use() * 100;
             let is_live = in_use >= MIN_PERCENT_IN_USE * usize::from(frame.slots());
             // The record gets no longer than this: the original has a list, too.
@@ -343,6 +381,9 @@ impl CopySource {
         {
             return base.base.unchanged_block(there, digest);
         }
+        if let Some(unchanged) = self.ancestor_block(block) {
+            return unchanged;
+        }
         let index = self.index_block(block)?;
         let mut pages = Block::new(block, &index);
         let mut uses: Vec<Uses> = vec![Uses::new(); index.frames().len()];
@@ -352,8 +393,15 @@ impl CopySource {
             }
         }
         let mut elsewhere = Vec::new();
-        for (frame, uses) in index.frames().iter().zip(uses) {
+        for (frame, mut uses) in index.frames().iter().zip(uses) {
+            self.take_hot(frame, &mut uses, &mut pages)?;
+            if uses.is_empty() {
+                continue;
+            }
             match self.by_place.get(&(frame.layer(), frame.offset())) {
+                Some(_) if self.hot.keeps_ancestors() && frame.layer() > 0 => {
+                    self.leave_in_ancestor(frame, &uses, &mut pages)?;
+                }
                 Some(&at) => match self.frames[at].copied {
                     Some((number, _)) if self.trusts_digests() => {
                         self.copy_unseen(at, &mut pages)?;
@@ -371,6 +419,9 @@ impl CopySource {
                     }
                     None => self.take_bytes(frame, &uses, &mut pages)?,
                 },
+                None if self.hot.keeps_ancestors() => {
+                    self.leave_in_ancestor(frame, &uses, &mut pages)?;
+                }
                 None => elsewhere.push((frame, uses)),
             }
         }

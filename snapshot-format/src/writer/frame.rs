@@ -167,6 +167,25 @@ pub(super) struct Sealed {
 }
 
 impl Sealed {
+    /// Creates a frame of which all bytes are known. Its number is given when it is handed out.
+    pub(super) fn complete(pages: PageList, bytes: Vec<u8>) -> Self {
+        debug_assert_eq!(bytes.len(), pages.listed.len() * PAGE_SIZE);
+        Self {
+            number: 0,
+            slots: pages.listed.len(),
+            base_page: pages.base_page,
+            runs: pages.runs,
+            own: bytes,
+            tail: Vec::new(),
+            block: None,
+        }
+    }
+
+    /// Returns the number of its pages.
+    pub(super) fn slots(&self) -> usize {
+        self.slots
+    }
+
     /// Returns the bytes of all pages in slot order. They are borrowed in place if they are
     /// contiguous, and otherwise gathered into `gathered`.
     pub(super) fn bytes<'a>(&'a self, gathered: &'a mut Vec<u8>) -> &'a [u8] {
@@ -231,8 +250,9 @@ impl Compression {
 /// Buffers and contexts that a thread needs to build a frame, reused from one frame to the next.
 pub(super) struct Scratch {
     context: CCtx<'static>,
-    /// The number of the dictionary for which the context is prepared, if it is.
-    prepared: Option<u16>,
+    /// The settings for which the context is prepared, if it is: level, block size, and number of
+    /// the dictionary.
+    prepared: Option<(i32, u32, u16)>,
     gathered: Vec<u8>,
 }
 
@@ -248,7 +268,8 @@ impl Scratch {
     /// Prepares the context, once.
     fn prepare(&mut self, compression: &Compression) -> Result<(), ErrorCode> {
         let number = compression.dictionary_number();
-        if self.prepared == Some(number) {
+        let settings = (compression.level, compression.block_bytes, number);
+        if self.prepared == Some(settings) {
             return Ok(());
         }
         let context = &mut self.context;
@@ -256,7 +277,7 @@ impl Scratch {
         context.set_parameter(CParameter::MaxBlockSize(compression.block_bytes))?;
         let dictionary = compression.dictionary.as_ref();
         context.load_dictionary(dictionary.map_or(&[], |(_, bytes)| bytes))?;
-        self.prepared = Some(number);
+        self.prepared = Some(settings);
         Ok(())
     }
 }
@@ -271,7 +292,7 @@ pub(super) struct Built {
     pub(super) reference: RawFrameRef,
     /// A buffer to reuse.
     pub(super) spare: Vec<u8>,
-    /// Whether it is the copy of a frame of another file.
+    /// Whether it is the copy of a frame of another file, or a hot frame, which counts as one.
     pub(super) copied: bool,
 }
 

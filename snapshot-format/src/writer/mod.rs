@@ -40,7 +40,10 @@ use std::sync::Arc;
 pub use base::BaseDamage;
 pub use error::WriteError;
 pub use options::{Dictionary, RegionSpec, WriterOptions};
-pub use rewrite::{RewriteOptions, Rewritten, flatten, rebase};
+pub use rewrite::{
+    DEFAULT_WORKING_SET, OptimizeOptions, Optimized, RewriteOptions, Rewritten, flatten, optimize,
+    rebase,
+};
 
 use self::base::{Base, UsedLayers};
 use self::block::{Alike, BlockBuffer, Gather, Given};

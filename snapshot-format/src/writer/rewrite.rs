@@ -1,24 +1,26 @@
-//! Snapshots that are made of other snapshots: flattened chains, and children with another base.
+//! Snapshots that are made of other snapshots: flattened chains, children with another base, and
+//! files with another order.
 
 use std::io::Write;
 use std::sync::Arc;
 
 use super::block::Alike;
-use super::copy::CopySource;
+use super::copy::{CopySource, HotPages, Purpose, Wanted};
+use super::frame::Compression;
 use super::sections::{self, BlobWriter};
 use super::{Dictionary, ProgressCallback, QueueEntry, WriteError, Writer, WriterOptions, Written};
 use crate::error::{Defect, Flaw, Part, ReadError};
 use crate::index::Top;
 use crate::layout::{
-    MAX_FRAME_SLOTS, MAX_SECTION_BYTES, PAGE_SIZE_U64, PAGES_PER_BLOCK_U64, SectionKind,
+    MAX_BLOBS, MAX_FRAME_SLOTS, MAX_SECTION_BYTES, PAGE_SIZE_U64, PAGES_PER_BLOCK_U64, SectionKind,
     TRAILER_BYTES, region_flags,
 };
 use crate::sections::Blob;
 use crate::snapshot::Snapshot;
 use crate::store::Reason;
-use crate::types::{Region, SnapshotId};
+use crate::types::{Region, SnapshotId, WorkingSetRun};
 
-/// Options of [`flatten`] and [`rebase`].
+/// Options of [`flatten`], [`rebase`] and [`optimize`].
 pub struct RewriteOptions {
     /// The zstd level of frames that are repacked.
     pub level: i32,
@@ -53,6 +55,57 @@ impl std::fmt::Debug for RewriteOptions {
     }
 }
 
+/// Options of [`optimize`].
+#[derive(Debug)]
+pub struct OptimizeOptions {
+    /// Name of the working set. One of this name is replaced.
+    pub name: String,
+    /// The zstd level of hot frames.
+    pub hot_level: i32,
+    /// Pages of a full hot frame, 1 to 512.
+    pub hot_frame_pages: usize,
+    /// Options for the rest of the file.
+    pub rewrite: RewriteOptions,
+}
+
+/// Name of the working set of [`OptimizeOptions::default`].
+pub const DEFAULT_WORKING_SET: &str = "default";
+const DEFAULT_HOT_FRAME_PAGES: usize = 128;
+const DEFAULT_HOT_LEVEL: i32 = 3;
+
+impl Default for OptimizeOptions {
+    fn default() -> Self {
+        Self {
+            name: DEFAULT_WORKING_SET.into(),
+            hot_level: DEFAULT_HOT_LEVEL,
+            hot_frame_pages: DEFAULT_HOT_FRAME_PAGES,
+            rewrite: RewriteOptions::default(),
+        }
+    }
+}
+
+/// Result of [`optimize`].
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Optimized {
+    /// The new snapshot.
+    pub rewritten: Rewritten,
+    /// Pages of the working set.
+    pub pages: u64,
+    /// Pages of it that no frame stores: fills, and unavailable pages.
+    pub not_stored_pages: u64,
+    /// Pages of it that stay in frames of ancestors, because these are dense.
+    pub left_in_ancestors: u64,
+    /// Pages of it that lay in frames of ancestors, and are now stored in the new file.
+    pub from_ancestors: u64,
+    /// Pages that were given and that no region has, or that were given before.
+    pub ignored_pages: u64,
+    /// Frames of the working set. They lie at the front of the file, in order of need.
+    pub hot_frames: u64,
+    /// Length of these frames.
+    pub hot_bytes: u64,
+}
+
 /// Result of [`flatten`] and [`rebase`].
 #[derive(Clone, Debug)]
 pub struct Rewritten {
@@ -81,7 +134,8 @@ pub fn flatten<W: Write>(
     snapshot: &Arc<Snapshot>,
     options: RewriteOptions,
 ) -> Result<(W, Rewritten), WriteError> {
-    rewrite(out, snapshot, None, options)
+    let (out, rewritten, _) = rewrite(out, snapshot, &Mode::Flatten, options)?;
+    Ok((out, rewritten))
 }
 
 /// Writes `child`, a layered snapshot, as a child of `base`, which holds the same memory as its old
@@ -112,26 +166,106 @@ pub fn rebase<W: Write>(
             base: base.name().to_owned(),
         });
     }
-    rewrite(out, child, Some(base), options)
+    let (out, rewritten, _) = rewrite(out, child, &Mode::Rebase(base), options)?;
+    Ok((out, rewritten))
+}
+
+/// Writes `snapshot` with the working set `pages`, in order of need, at the front of the file.
+///
+/// The pages of the working set lie in frames of their own, in this order; within a frame they are
+/// sorted by page number, and the working set lists them in the order of the file. A restore reads
+/// them with a few large reads. Everything else follows: frames without a page of the working set
+/// as by [`flatten`], the rest of the others repacked. All index blocks lie together behind the
+/// frames.
+///
+/// Other working sets are kept, and packed in the same way behind the first one. Attachments,
+/// properties and dictionaries are kept, and the digests are checked, as by [`flatten`]. The caller
+/// should [`verify`](crate::verify()) the new file, which decodes every page.
+///
+/// A layered snapshot stays a child of the same ancestors. Pages of the working set in a frame of
+/// an ancestor of which at least half belongs to it stay there. Others are stored in the new file,
+/// which grows by them.
+///
+/// Takes 50 bytes of memory for each page of the working sets, the index blocks of the file, and
+/// 64 MiB, besides the memory of [`flatten`].
+pub fn optimize<W: Write>(
+    out: W,
+    snapshot: &Arc<Snapshot>,
+    pages: &[u64],
+    options: OptimizeOptions,
+) -> Result<(W, Optimized), WriteError> {
+    if !(1..=MAX_FRAME_SLOTS).contains(&options.hot_frame_pages) {
+        return Err(WriteError::argument(
+            "the number of pages in a hot frame",
+            options.hot_frame_pages,
+            "1 to 512",
+        ));
+    }
+    let mode = Mode::Optimize {
+        pages,
+        name: &options.name,
+        level: options.hot_level,
+        frame_pages: options.hot_frame_pages,
+    };
+    let (out, rewritten, hot) = rewrite(out, snapshot, &mode, options.rewrite)?;
+    let optimized = Optimized {
+        rewritten,
+        pages: hot.pages.listed,
+        not_stored_pages: hot.pages.not_stored,
+        left_in_ancestors: hot.pages.left_in_ancestors,
+        from_ancestors: hot.pages.from_ancestors,
+        ignored_pages: pages.len() as u64 - hot.pages.listed,
+        hot_frames: hot.frames,
+        hot_bytes: hot.bytes,
+    };
+    Ok((out, optimized))
+}
+
+/// The kind of a rewrite.
+enum Mode<'a> {
+    Flatten,
+    Rebase(&'a Arc<Snapshot>),
+    Optimize {
+        pages: &'a [u64],
+        name: &'a str,
+        level: i32,
+        frame_pages: usize,
+    },
+}
+
+/// The working set of an optimized file.
+#[derive(Default)]
+struct HotSet {
+    runs: Vec<WorkingSetRun>,
+    pages: HotPages,
+    frames: u64,
+    bytes: u64,
 }
 
 fn rewrite<W: Write>(
     out: W,
     snapshot: &Arc<Snapshot>,
-    base: Option<&Arc<Snapshot>>,
+    mode: &Mode<'_>,
     options: RewriteOptions,
-) -> Result<(W, Rewritten), WriteError> {
+) -> Result<(W, Rewritten, HotSet), WriteError> {
     let properties = snapshot.properties().map_err(WriteError::Copied)?;
     let mut old_base = String::new();
-    if let Some(base) = base {
-        old_base = check_base(snapshot, base, &properties)?;
-    }
+    let base = match mode {
+        Mode::Flatten => None,
+        Mode::Rebase(base) => {
+            old_base = check_base(snapshot, base, &properties)?;
+            Some(*base)
+        }
+        // The ancestors stay.
+        Mode::Optimize { .. } => (!snapshot.ancestors().is_empty()).then_some(snapshot),
+    };
+    let keeps_base = matches!(mode, Mode::Optimize { .. });
     let frame_pages = snapshot.summary().frame_bytes / PAGE_SIZE_U64;
     let frame_pages = usize::try_from(frame_pages).unwrap_or(MAX_FRAME_SLOTS);
     // The writer records its own, and a new base is the caller's to name.
     let kept = properties.into_iter().filter(|(key, _)| {
         !["writer", "writer.level", "writer.frame_pages"].contains(&&key[..])
-            && !["base.id", "base.path"].contains(&&key[..])
+            && (keeps_base || !["base.id", "base.path"].contains(&&key[..]))
             && !key.starts_with("ancestor.")
     });
     let writer_options = WriterOptions {
@@ -146,11 +280,34 @@ fn rewrite<W: Write>(
     };
     let mut writer = Writer::new(out, writer_options)?;
     writer.progress = options.progress;
-    let copied_frames = writer.copy_from(snapshot, &old_base)?;
+    let (copied_frames, hot) = match *mode {
+        Mode::Flatten => writer.copy_from(snapshot, Purpose::OneFile, None)?,
+        Mode::Rebase(_) => {
+            let old_base = &old_base;
+            writer.copy_from(snapshot, Purpose::NewBase { old_base }, None)?
+        }
+        Mode::Optimize {
+            pages,
+            name,
+            level,
+            frame_pages,
+        } => {
+            let others = other_working_sets(snapshot, name)?;
+            let wanted = Wanted::new(snapshot, pages, &others, frame_pages);
+            let compression = Arc::new(Compression::new(level, frame_pages));
+            writer.stage.write_index_at_end();
+            writer.copy_from(snapshot, Purpose::Hot(wanted), Some(&compression))?
+        }
+    };
     for attachment in snapshot.attachments().map_err(WriteError::Copied)? {
         writer.copy_attachment(snapshot, &attachment.name)?;
     }
-    writer.copy_working_sets(snapshot)?;
+    let mut replaced = None;
+    if let Mode::Optimize { name, .. } = *mode {
+        writer.add_working_set(name, hot.runs.iter().copied())?;
+        replaced = Some(name);
+    }
+    writer.copy_working_sets(snapshot, replaced)?;
     let (out, written, dead_slots) = writer.finish_copy()?;
     let (old, new) = (snapshot.summary(), &written.summary);
     for (field, differs) in [
@@ -170,7 +327,20 @@ fn rewrite<W: Write>(
         copied_frames,
         dead_slots,
     };
-    Ok((out, rewritten))
+    Ok((out, rewritten, hot))
+}
+
+/// Reads the working sets of a snapshot, without that called `name`.
+fn other_working_sets(
+    snapshot: &Snapshot,
+    name: &str,
+) -> Result<Vec<Vec<WorkingSetRun>>, WriteError> {
+    let sets = snapshot.working_sets().map_err(WriteError::Copied)?;
+    let others = sets.iter().filter(|set| set.name != name);
+    others
+        .map(|set| snapshot.working_set(&set.name))
+        .collect::<Result<_, _>>()
+        .map_err(WriteError::Copied)
 }
 
 /// Compares a new base with the old base, if that is known and open. Returns the name of the old
@@ -223,10 +393,23 @@ impl<W: Write> Writer<W> {
         })
     }
 
-    fn copy_working_sets(&mut self, from: &Snapshot) -> Result<(), WriteError> {
+    /// Adds the working sets of another snapshot of the same pages, without that called `except`.
+    fn copy_working_sets(
+        &mut self,
+        from: &Snapshot,
+        except: Option<&str>,
+    ) -> Result<(), WriteError> {
         self.guarded(|writer| {
             let blobs = from.own().blobs(SectionKind::WorkingSets);
             for blob in blobs.map_err(WriteError::Copied)? {
+                if except == Some(&blob.name[..]) {
+                    continue;
+                }
+                let before: u64 = writer.working_sets.iter().map(|set| set.len).sum();
+                let bytes = before + blob.len;
+                WriteError::limit("the size of all working sets", bytes, MAX_SECTION_BYTES)?;
+                let count = writer.working_sets.len() as u64 + 1;
+                WriteError::limit("the number of working sets", count, MAX_BLOBS as u64)?;
                 // Page numbers are the same, so the bytes are, once they are checked.
                 from.working_set_runs(&blob).map_err(WriteError::Copied)?;
                 let blob = writer.copy_blob(from, Part::WorkingSet, &blob)?;
@@ -256,23 +439,66 @@ impl<W: Write> Writer<W> {
         Ok(copy.finish())
     }
 
-    /// Writes all memory of `snapshot`. Returns the number of frames that are copied as they are.
-    fn copy_from(&mut self, snapshot: &Arc<Snapshot>, old_base: &str) -> Result<u64, WriteError> {
+    /// Writes all memory of `snapshot`, its hot pages with the settings `hot`. Returns the number
+    /// of frames that are copied as they are.
+    fn copy_from(
+        &mut self,
+        snapshot: &Arc<Snapshot>,
+        purpose: Purpose<'_>,
+        hot: Option<&Arc<Compression>>,
+    ) -> Result<(u64, HotSet), WriteError> {
         self.guarded(|writer| {
             let (base, workers) = (writer.base.as_ref(), &writer.stage.workers);
-            let mut source = CopySource::plan(snapshot, base, old_base, workers)?;
+            let mut source = CopySource::plan(snapshot, base, purpose, workers)?;
             let dictionaries = source.take_dictionaries();
             if let Some(first) = dictionaries.first() {
                 writer.stage.workers.use_dictionary(first)?;
             }
             writer.stage.dictionaries = dictionaries;
             writer.copies = true;
+            let mut set = HotSet::default();
+            if let Some(compression) = hot {
+                set = writer.write_hot(&mut source, compression)?;
+            }
             let source = Arc::new(source);
             for region in snapshot.regions() {
                 writer.copy_region(&source, region)?;
             }
             writer.end_region()?;
-            Ok(source.copied_frames())
+            Ok((source.copied_frames(), set))
+        })
+    }
+
+    /// Writes the hot frames.
+    fn write_hot(
+        &mut self,
+        source: &mut CopySource,
+        compression: &Arc<Compression>,
+    ) -> Result<HotSet, WriteError> {
+        let (of_first, all) = (source.first_hot_frames(), source.hot_frames());
+        let mut bytes = 0;
+        let mut written = 0;
+        while written < all {
+            let frames = source.gather_hot(written, self.stage.workers.pool())?;
+            for frame in frames {
+                if written == of_first {
+                    self.stage.settle()?;
+                    bytes = self.stage.summary.stored_bytes;
+                }
+                self.stage.push_apart(frame, compression)?;
+                written += 1;
+            }
+            self.report()?;
+        }
+        self.stage.settle()?;
+        if of_first == all {
+            bytes = self.stage.summary.stored_bytes;
+        }
+        Ok(HotSet {
+            runs: source.hot_runs(),
+            pages: source.hot_pages(),
+            frames: of_first as u64,
+            bytes,
         })
     }
 

@@ -26,7 +26,7 @@ use super::base::{AncestorPages, BasePage, UsedLayers};
 use super::block::{Alike, BlockBuffer, Examined, Seen};
 use super::copy::CopiedFrame;
 use super::dedup::{DedupTable, Location};
-use super::frame::{FrameRefs, OpenFrame, Sealed};
+use super::frame::{Compression, FrameRefs, OpenFrame, Sealed};
 use super::index::{Draft, IndexEncoder};
 use super::output::Output;
 use super::runs::ZeroRuns;
@@ -57,6 +57,8 @@ pub(super) struct Stage<W> {
     /// Number of drafts that arrived since the open frame got its first page.
     drafts_on_open: usize,
     index: IndexEncoder,
+    /// Index blocks that are written together at the end, if they are.
+    at_end: Option<IndexAtEnd>,
     training: Option<Training>,
     /// The dictionaries of the file, by their numbers from 1 on. New frames use the first.
     pub(super) dictionaries: Vec<Vec<u8>>,
@@ -83,6 +85,14 @@ pub(super) struct Stage<W> {
     pub(super) summary: Summary,
 }
 
+/// Encoded index blocks that are not written yet.
+#[derive(Default)]
+struct IndexAtEnd {
+    bytes: Vec<u8>,
+    /// The blocks; their entries of the top table have offsets in `bytes`.
+    blocks: Vec<usize>,
+}
+
 impl<W: Write> Stage<W> {
     pub(super) fn new(
         out: Output<W>,
@@ -102,6 +112,7 @@ impl<W: Write> Stage<W> {
             drafts: VecDeque::new(),
             drafts_on_open: 0,
             index: IndexEncoder::new(),
+            at_end: None,
             training,
             dictionaries: Vec::new(),
             copied: Vec::new(),
@@ -349,16 +360,48 @@ impl<W: Write> Stage<W> {
         Ok(any)
     }
 
+    /// Makes all index blocks be written together, behind the last frame. They wait in memory.
+    pub(super) fn write_index_at_end(&mut self) {
+        self.at_end = Some(IndexAtEnd::default());
+    }
+
+    /// Hands out a frame with settings of its own, which counts as a copied one.
+    pub(super) fn push_apart(
+        &mut self,
+        sealed: Sealed,
+        compression: &Arc<Compression>,
+    ) -> Result<(), WriteError> {
+        while self.workers.frames_full() {
+            if !self.write_ready()? {
+                self.workers.wait()?;
+            }
+        }
+        self.summary.stored_pages += sealed.slots() as u64;
+        self.copied_slots_in_use += sealed.slots() as u64;
+        self.copies += 1;
+        self.workers.build_apart(sealed, compression);
+        Ok(())
+    }
+
     fn write_drafts(&mut self) -> Result<(), WriteError> {
         while let Some(draft) = self.drafts.front()
             && draft.needs <= self.refs.written()
             && draft.needs_copies <= self.copied.len()
         {
-            let offset = self.out.offset();
+            let offset = match &self.at_end {
+                Some(at_end) => at_end.bytes.len() as u64,
+                None => self.out.offset(),
+            };
             let (stored, entry) = self.index.encode(draft, &self.refs, &self.copied, offset)?;
             self.top[draft.block] = entry;
             self.summary.index_bytes += stored.len() as u64;
-            self.out.write("an index block", stored)?;
+            match &mut self.at_end {
+                Some(at_end) => {
+                    at_end.bytes.extend_from_slice(stored);
+                    at_end.blocks.push(draft.block);
+                }
+                None => self.out.write("an index block", stored)?,
+            }
             self.drafts.pop_front();
         }
         Ok(())
@@ -378,6 +421,14 @@ impl<W: Write> Stage<W> {
     pub(super) fn finish(&mut self) -> Result<(), WriteError> {
         self.seal(None)?;
         self.settle()?;
+        if let Some(IndexAtEnd { bytes, blocks }) = self.at_end.take() {
+            let from = self.out.offset();
+            self.out.write("the index blocks", &bytes)?;
+            for block in blocks {
+                let offset = &mut self.top[block].word_or_offset;
+                offset.set(offset.get() + from);
+            }
+        }
         self.summary.duplicate_pages += self.copied_pages - self.copied_slots_in_use;
         debug_assert!(self.drafts.is_empty() && self.refs.written() == self.sealed);
         Ok(())

@@ -189,6 +189,7 @@ fn pack(
         facts: Facts::of_written(&written),
         base: None,
         flattened: None,
+        working_set: None,
         remarks,
         held_ms,
         elapsed_ms: u64::try_from(began.elapsed().as_millis())?,

@@ -1,0 +1,218 @@
+//! `snaprestore optimize`: puts the pages that are needed first to the front of a snapshot.
+
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::Result;
+use indicatif::{BinaryBytes, HumanCount};
+use serde::Serialize;
+use snapshot_format::trace::{Trace, merge};
+use snapshot_format::{OptimizeOptions, Optimized, Snapshot, optimize};
+
+use super::flatten::{self, RewriteFacts};
+use super::{trace, verify};
+use crate::args;
+use crate::exit::{Exit, Refusal};
+use crate::facts::Facts;
+use crate::layers::{self, KnownLayers};
+use crate::names;
+use crate::output::{Output, count};
+use crate::signals::Cancel;
+use crate::target::{self, Target};
+
+/// Report about the optimized snapshot.
+#[derive(Serialize)]
+struct OptimizeReport {
+    file: String,
+    #[serde(flatten)]
+    facts: Facts,
+    #[serde(flatten)]
+    rewrite: RewriteFacts,
+    working_set: WorkingSetFacts,
+    /// Length of the file before.
+    old_file_bytes: u64,
+    /// Id of the snapshot before.
+    old_snapshot_id: String,
+    /// Whether the file was replaced.
+    #[serde(skip)]
+    in_place: bool,
+    elapsed_ms: u64,
+}
+
+/// The working set at the front of a file.
+#[derive(Serialize)]
+pub(crate) struct WorkingSetFacts {
+    name: String,
+    /// Number of traces that were merged.
+    traces: usize,
+    pages: u64,
+    /// Number of pages that no frame stores, such as zero pages.
+    not_stored_pages: u64,
+    /// Number of pages left in frames of ancestors.
+    left_in_ancestors: u64,
+    /// Number of pages taken from frames of ancestors, by which the file grows.
+    from_ancestors: u64,
+    /// Number of pages of the traces that the memory does not have.
+    ignored_pages: u64,
+    /// Number of its frames, and their length.
+    frames: u64,
+    stored_bytes: u64,
+}
+
+impl WorkingSetFacts {
+    pub(crate) fn of(optimized: &Optimized, name: &str, traces: usize) -> Self {
+        Self {
+            name: name.to_owned(),
+            traces,
+            pages: optimized.pages,
+            not_stored_pages: optimized.not_stored_pages,
+            left_in_ancestors: optimized.left_in_ancestors,
+            from_ancestors: optimized.from_ancestors,
+            ignored_pages: optimized.ignored_pages,
+            frames: optimized.hot_frames,
+            stored_bytes: optimized.hot_bytes,
+        }
+    }
+}
+
+impl fmt::Display for WorkingSetFacts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "working set \"{}\": {} of {}; {} in {} at the front",
+            names::shown(&self.name),
+            count(self.pages, "page"),
+            count(self.traces as u64, "trace"),
+            BinaryBytes(self.stored_bytes),
+            count(self.frames, "frame")
+        )?;
+        let lines = [
+            (self.not_stored_pages, "not stored: zeros and other fills"),
+            (self.left_in_ancestors, "left in ancestors, in dense frames"),
+            (self.from_ancestors, "taken from ancestors, and stored here"),
+            (
+                self.ignored_pages,
+                "of the traces left out: the memory does not have them",
+            ),
+        ];
+        for (pages, what) in lines {
+            if pages > 0 {
+                writeln!(
+                    f,
+                    "            {:>13} pages {what}",
+                    HumanCount(pages).to_string()
+                )?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for OptimizeReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}{}{}", self.facts, self.rewrite, self.working_set)?;
+        let file = names::shown(&self.file);
+        let (size, old) = (BinaryBytes(self.old_file_bytes), &self.old_snapshot_id);
+        if self.in_place {
+            writeln!(f, "replaced    {file} (its ID was {old}, its size {size})")?;
+        } else {
+            writeln!(f, "written     {file} (the size before was {size})")?;
+        }
+        writeln!(
+            f,
+            "verified    every page, after decoding it from the new file"
+        )?;
+        writeln!(f, "time        {} ms", self.elapsed_ms)
+    }
+}
+
+pub(crate) fn run(args: &args::Optimize, output: Output, cancel: &Cancel) -> Result<Exit> {
+    let began = Instant::now();
+    let to = &args.output;
+    for trace in &args.traces {
+        target::refuse_source(to, trace)?;
+    }
+    let in_place = target::refuse_source(to, &args.file).is_err();
+    let traces = trace::read_all(&args.traces)?;
+    let snapshot = Arc::new(layers::open(&args.file, &args.layers)?);
+    for (path, trace) in args.traces.iter().zip(&traces) {
+        trace.check_matches(&snapshot).map_err(trace::named(path))?;
+    }
+    layers::refuse_ancestor(to, &snapshot)?;
+    layers::refuse_needed(to, &args.layers)?;
+    let target = create_target(to, args.force || in_place, cancel)?;
+    let plan = Plan {
+        name: &args.name,
+        traces: &traces,
+        merging: args.merging,
+        packing: &args.packing,
+    };
+    let (target, optimized) = plan
+        .carry_out(target, to, &snapshot, (output, cancel))
+        .map_err(|error| target::named(error, to))?;
+    layers::refuse_needed(to, &args.layers)?;
+    target.complete()?;
+    output.report(&OptimizeReport {
+        file: names::exact(to),
+        facts: Facts::of_written(&optimized.rewritten.written),
+        rewrite: RewriteFacts::of(&optimized.rewritten),
+        working_set: WorkingSetFacts::of(&optimized, &args.name, traces.len()),
+        old_file_bytes: snapshot.file_bytes(),
+        old_snapshot_id: snapshot.id().to_string(),
+        in_place,
+        elapsed_ms: u64::try_from(began.elapsed().as_millis())?,
+    })?;
+    Ok(Exit::Done)
+}
+
+/// Opens a target that can be read again.
+fn create_target(path: &Path, force: bool, cancel: &Cancel) -> Result<Target> {
+    let refused = || {
+        let text = "the new snapshot is read again to be verified, which a stream cannot be; name \
+                    a file to write";
+        Refusal::Usage(text.into())
+    };
+    if target::is_stdout(path) {
+        return Err(refused().into());
+    }
+    let target = Target::create(path, force, cancel)?;
+    if !target.is_file() {
+        return Err(refused().into());
+    }
+    Ok(target)
+}
+
+/// How a snapshot is to be optimized.
+pub(crate) struct Plan<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) traces: &'a [Trace],
+    pub(crate) merging: args::Merging,
+    pub(crate) packing: &'a args::Packing,
+}
+
+impl Plan<'_> {
+    /// Optimizes `snapshot` into `target`, which will be named `path`, and verifies the result.
+    pub(crate) fn carry_out(
+        &self,
+        target: Target,
+        path: &Path,
+        snapshot: &Arc<Snapshot>,
+        (output, cancel): (Output, &Cancel),
+    ) -> Result<(Target, Optimized)> {
+        let pages = merge(self.traces, &self.merging.options());
+        let options = OptimizeOptions {
+            name: self.name.to_owned(),
+            rewrite: flatten::options(self.packing, snapshot, (output, "optimizing"), cancel),
+            ..OptimizeOptions::default()
+        };
+        let (mut target, optimized) = optimize(target, snapshot, &pages, options)?;
+        let ancestors = KnownLayers::new(snapshot.ancestors().to_vec(), None);
+        if let Some(file) = target.open_again()? {
+            let threads = self.packing.threads;
+            verify::check_new(file, path, Arc::new(ancestors), threads, (output, cancel))?;
+        }
+        Ok((target, optimized))
+    }
+}

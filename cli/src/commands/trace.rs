@@ -1,0 +1,348 @@
+//! `snaprestore trace`: shows, compares and merges traces.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Result, bail};
+use indicatif::{BinaryBytes, HumanCount};
+use serde::Serialize;
+use snapshot_format::layout::PAGE_SIZE_U64;
+use snapshot_format::trace::{Comparison, TouchReason, Trace, TraceError, compare};
+
+use crate::args::{self, TraceOp};
+use crate::exit::{Exit, Refusal};
+use crate::facts::hex;
+use crate::names;
+use crate::output::{Output, percent};
+use crate::target;
+
+pub(crate) fn run(args: &args::Trace, output: Output) -> Result<Exit> {
+    match &args.op {
+        TraceOp::Show(show) => output.report(&TraceReport {
+            trace: TraceFacts::of(&show.file, &Trace::read_path(&show.file)?),
+        })?,
+        TraceOp::Compare(compare) => output.report(&compared(compare)?)?,
+        TraceOp::Merge(merge) => output.report(&merged(merge)?)?,
+    }
+    Ok(Exit::Done)
+}
+
+/// Reads traces of the same memory, each with its name in errors.
+pub(crate) fn read_all(paths: &[PathBuf]) -> Result<Vec<Trace>> {
+    Ok(paths
+        .iter()
+        .map(Trace::read_path)
+        .collect::<Result<_, _>>()?)
+}
+
+/// Adds the name of a trace to an error about its content.
+pub(crate) fn named(path: &Path) -> impl FnOnce(TraceError) -> anyhow::Error {
+    move |error| anyhow::Error::from(error).context(names::path(path))
+}
+
+/// Facts about a trace.
+#[derive(Serialize)]
+struct TraceFacts {
+    file: String,
+    content_digest: String,
+    page_slots: u64,
+    /// Time since 1970 at which the recording began.
+    begun_unix_ms: u64,
+    /// Why the recording ended.
+    end: &'static str,
+    #[serde(skip)]
+    end_text: String,
+    present_at_start: u64,
+    touched_pages: u64,
+    touched_bytes: u64,
+    /// Number of touches that were faults.
+    demand_touches: u64,
+    /// Number of touches of pages that were present.
+    present_touches: u64,
+    /// Number of touches whose page follows that of the touch before.
+    sequential_touches: u64,
+    /// Times by which half, 90 % and all of the pages were touched.
+    half_us: u64,
+    most_us: u64,
+    last_us: u64,
+}
+
+#[derive(Serialize)]
+struct TraceReport {
+    #[serde(flatten)]
+    trace: TraceFacts,
+}
+
+impl TraceFacts {
+    fn of(path: &Path, trace: &Trace) -> Self {
+        let touches = &trace.touches;
+        let begun = trace.begun.duration_since(SystemTime::UNIX_EPOCH);
+        let begun = begun.map_or(0, |time| time.as_millis());
+        let demand = touches
+            .iter()
+            .filter(|touch| touch.reason == TouchReason::Demand);
+        let demand_touches = demand.count() as u64;
+        let pairs = touches.windows(2);
+        let sequential = pairs.filter(|pair| pair[0].page + 1 == pair[1].page);
+        let time = |part: usize, of: usize| {
+            let number = (touches.len() * part).div_ceil(of);
+            let touch = number.checked_sub(1).map(|number| touches[number]);
+            touch.map_or(0, |touch| micros(touch.at))
+        };
+        Self {
+            file: names::exact(path),
+            content_digest: hex(&trace.content_digest),
+            page_slots: trace.page_slots,
+            begun_unix_ms: u64::try_from(begun).unwrap_or(u64::MAX),
+            end: trace.end.name(),
+            end_text: trace.end.to_string(),
+            present_at_start: trace.present_at_start,
+            touched_pages: touches.len() as u64,
+            touched_bytes: touches.len() as u64 * PAGE_SIZE_U64,
+            demand_touches,
+            present_touches: touches.len() as u64 - demand_touches,
+            sequential_touches: sequential.count() as u64,
+            half_us: time(1, 2),
+            most_us: time(9, 10),
+            last_us: time(1, 1),
+        }
+    }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// Formats microseconds as milliseconds with one decimal.
+fn millis(micros: u64) -> String {
+    format!("{}.{} ms", micros / 1000, micros % 1000 / 100)
+}
+
+/// Formats milliseconds since 1970 as a date and time in UTC.
+fn date(unix_ms: u64) -> String {
+    let (days, seconds) = (unix_ms / 86_400_000, unix_ms / 1000 % 86_400);
+    // Years begin in March, so that the leap day is the last of its year; 400 of them have 146097
+    // days.
+    let days = days + 719_468;
+    let (era, day) = (days / 146_097, days % 146_097);
+    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let (day, month) = (day - (153 * month + 2) / 5 + 1, (month + 2) % 12 + 1);
+    let year = era * 400 + year + u64::from(month <= 2);
+    let (hour, minute, second) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
+    format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02} UTC")
+}
+
+impl fmt::Display for TraceReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let trace = &self.trace;
+        writeln!(f, "content     {}", trace.content_digest)?;
+        writeln!(
+            f,
+            "touched     {} pages, {}; {} of the page numbers",
+            HumanCount(trace.touched_pages),
+            BinaryBytes(trace.touched_bytes),
+            percent(trace.touched_pages, trace.page_slots)
+        )?;
+        writeln!(
+            f,
+            "times       half by {}, 90 % by {}, all by {}",
+            millis(trace.half_us),
+            millis(trace.most_us),
+            millis(trace.last_us)
+        )?;
+        writeln!(
+            f,
+            "order       the next page is the next touch in {} of the cases",
+            percent(
+                trace.sequential_touches,
+                trace.touched_pages.saturating_sub(1)
+            )
+        )?;
+        writeln!(
+            f,
+            "seen        {} by faults, {} by other means; {} pages were present at the start",
+            HumanCount(trace.demand_touches),
+            HumanCount(trace.present_touches),
+            HumanCount(trace.present_at_start)
+        )?;
+        writeln!(
+            f,
+            "recorded    {}; end: {}",
+            date(trace.begun_unix_ms),
+            trace.end_text
+        )
+    }
+}
+
+/// The comparison of two traces.
+#[derive(Serialize)]
+struct CompareReport {
+    a: TraceFacts,
+    b: TraceFacts,
+    /// Whether both are of the same content.
+    same_content: bool,
+    common_pages: u64,
+    only_a_pages: u64,
+    only_b_pages: u64,
+    precision: Option<f64>,
+    recall: Option<f64>,
+    order: Option<f64>,
+}
+
+fn compared(args: &args::TraceCompare) -> Result<CompareReport> {
+    let (a, b) = (Trace::read_path(&args.a)?, Trace::read_path(&args.b)?);
+    if a.page_slots != b.page_slots {
+        bail!(
+            "{} is of memory with {} page numbers, {} of one with {}; their pages cannot be \
+             compared",
+            names::path(&args.a),
+            a.page_slots,
+            names::path(&args.b),
+            b.page_slots
+        );
+    }
+    let Comparison {
+        common,
+        only_a,
+        only_b,
+        precision,
+        recall,
+        order,
+        ..
+    } = compare(&a.pages(), &b.pages());
+    Ok(CompareReport {
+        same_content: a.content_digest == b.content_digest,
+        a: TraceFacts::of(&args.a, &a),
+        b: TraceFacts::of(&args.b, &b),
+        common_pages: common,
+        only_a_pages: only_a,
+        only_b_pages: only_b,
+        precision,
+        recall,
+        order,
+    })
+}
+
+impl fmt::Display for CompareReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (name, trace) in [("A", &self.a), ("B", &self.b)] {
+            let (pages, file) = (HumanCount(trace.touched_pages), names::shown(&trace.file));
+            let bytes = BinaryBytes(trace.touched_bytes);
+            writeln!(f, "{name}           {pages} pages, {bytes}: {file}")?;
+        }
+        writeln!(
+            f,
+            "overlap     {} pages in both, {} in A only, {} in B only",
+            HumanCount(self.common_pages),
+            HumanCount(self.only_a_pages),
+            HumanCount(self.only_b_pages)
+        )?;
+        writeln!(
+            f,
+            "precision   {} of A",
+            percent(self.common_pages, self.a.touched_pages)
+        )?;
+        writeln!(
+            f,
+            "recall      {} of B",
+            percent(self.common_pages, self.b.touched_pages)
+        )?;
+        match self.order {
+            Some(order) => writeln!(f, "order       rank correlation {order:.3}")?,
+            None => writeln!(f, "order       -")?,
+        }
+        if self.same_content {
+            return Ok(());
+        }
+        writeln!(f, "note        the traces are of different content")
+    }
+}
+
+/// Report about a merged trace.
+#[derive(Serialize)]
+struct MergeReport {
+    #[serde(flatten)]
+    trace: TraceFacts,
+    /// The traces that were merged.
+    sources: Vec<SourceFacts>,
+}
+
+#[derive(Serialize)]
+struct SourceFacts {
+    file: String,
+    touched_pages: u64,
+    /// Number of its pages that the merged trace has.
+    kept_pages: u64,
+}
+
+fn merged(args: &args::TraceMerge) -> Result<MergeReport> {
+    if target::is_stdout(&args.output) {
+        return Err(Refusal::Usage("a trace is a file; name one to write".into()).into());
+    }
+    let traces = read_all(&args.traces)?;
+    for (path, trace) in args.traces.iter().zip(&traces).skip(1) {
+        let first = (&traces[0], &args.traces[0]);
+        trace
+            .check_same_memory(first.0, &names::path(first.1))
+            .map_err(named(path))?;
+    }
+    let merged = Trace::merged(&traces, &args.merging.options())?;
+    merged.write_path(&args.output, args.force)?;
+    let pages = merged.pages();
+    let sources = args
+        .traces
+        .iter()
+        .zip(&traces)
+        .map(|(path, trace)| SourceFacts {
+            file: names::exact(path),
+            touched_pages: trace.touches.len() as u64,
+            kept_pages: compare(&trace.pages(), &pages).common,
+        });
+    Ok(MergeReport {
+        sources: sources.collect(),
+        trace: TraceFacts::of(&args.output, &merged),
+    })
+}
+
+impl fmt::Display for MergeReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for source in &self.sources {
+            writeln!(
+                f,
+                "merged      {} of {} pages: {}",
+                HumanCount(source.kept_pages),
+                HumanCount(source.touched_pages),
+                names::shown(&source.file)
+            )?;
+        }
+        let (pages, file) = (
+            HumanCount(self.trace.touched_pages),
+            names::shown(&self.trace.file),
+        );
+        let bytes = BinaryBytes(self.trace.touched_bytes);
+        writeln!(f, "written     {pages} pages, {bytes}: {file}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates_follow_the_calendar() {
+        for (unix_s, expected) in [
+            (0, "1970-01-01 00:00:00 UTC"),
+            (951_782_400, "2000-02-29 00:00:00 UTC"),
+            (951_868_799, "2000-02-29 23:59:59 UTC"),
+            (951_868_800, "2000-03-01 00:00:00 UTC"),
+            (1_709_164_800, "2024-02-29 00:00:00 UTC"),
+            (1_735_689_599, "2024-12-31 23:59:59 UTC"),
+            (4_107_542_400, "2100-03-01 00:00:00 UTC"),
+        ] {
+            assert_eq!(date(unix_s * 1000), expected);
+        }
+    }
+}
