@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use snaprestore_daemon::api::control::{ClientError, ConnectError};
 use snaprestore_uffd::uffd;
+use snapshot_format::trace::TraceError;
 use snapshot_format::{FrameError, OpenError, ReadError, WriteError};
 
 /// The documented exit codes.
@@ -105,6 +106,9 @@ impl Exit {
                     return Some(damage(error.is_unusable()));
                 }
                 if let Some(error) = cause.downcast_ref::<ReadError>() {
+                    return Some(damage(error.is_damage()));
+                }
+                if let Some(error) = cause.downcast_ref::<TraceError>() {
                     return Some(damage(error.is_damage()));
                 }
                 if let Some(ClientError::Refused(error)) = cause.downcast_ref() {

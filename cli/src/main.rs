@@ -45,6 +45,7 @@ mod commands;
 mod exit;
 mod facts;
 mod layers;
+mod map;
 mod names;
 mod output;
 mod progress;

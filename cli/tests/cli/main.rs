@@ -20,5 +20,6 @@ mod layers;
 mod owner;
 mod process;
 mod process_memory;
+mod report;
 mod restore;
 mod usage;
