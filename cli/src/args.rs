@@ -60,6 +60,7 @@ pub(crate) struct Common {
 pub(crate) enum Command {
     Create(Create),
     Info(Info),
+    Report(Report),
     Verify(Verify),
     Extract(Extract),
     Flatten(Flatten),
@@ -92,6 +93,7 @@ impl Command {
             | Self::Flatten(_)
             | Self::Rebase(_)
             | Self::Optimize(_)
+            | Self::Report(_)
             | Self::Bench(_)
             | Self::Demo(_) => true,
             Self::Man(man) => man.output.is_some(),
@@ -343,8 +345,45 @@ pub(crate) struct Info {
     /// Snapshot to look at
     #[arg(value_hint = ValueHint::FilePath)]
     pub(crate) file: PathBuf,
+    /// Draw a map of the memory, too, which needs the whole index
+    ///
+    /// Each character shows what most of its pages are; their number depends on the width of the
+    /// terminal. Without a terminal the map is plain text, 80 columns wide. `snaprestore report`
+    /// writes a larger one.
+    #[arg(long, conflicts_with = "json")]
+    pub(crate) map: bool,
     #[command(flatten)]
     pub(crate) layers: Layers,
+}
+
+/// Write a page about a snapshot that can be sent around
+///
+/// The page is one HTML file without references to others: a map of the memory by kind of page,
+/// compression, layer and working set; what compresses and what does not; the working set over time
+/// (--trace); and how a restore went, with the latencies of its faults and a timeline of demand and
+/// prefetch (--run). It holds names and counts, but no content of memory or attachments. Reads the
+/// index of the snapshot, and no memory.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Report {
+    /// Snapshot to report on
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub(crate) file: PathBuf,
+    #[command(flatten)]
+    pub(crate) layers: Layers,
+    /// Trace of a restore of this memory, whose pages are shown as hot [default: the working sets
+    /// in the snapshot]
+    #[arg(long, value_name = "TRACE", value_hint = ValueHint::FilePath)]
+    pub(crate) trace: Option<PathBuf>,
+    /// Statistics of a restore of this memory, as written by `restore --run-json` and
+    /// `serve --run-json`
+    #[arg(long, value_name = "RUN.json", value_hint = ValueHint::FilePath)]
+    pub(crate) run: Option<PathBuf>,
+    /// HTML file to write; `-` is standard output
+    #[arg(long, short, value_hint = ValueHint::FilePath)]
+    pub(crate) output: PathBuf,
+    /// Replace an existing file, once the new one is complete
+    #[arg(long, short)]
+    pub(crate) force: bool,
 }
 
 /// Check every byte of a snapshot
@@ -456,6 +495,12 @@ pub(crate) struct Restore {
     /// or with the command. Until then each touch installs one page, and prefetch waits.
     #[arg(long, value_name = "TRACE", value_hint = ValueHint::FilePath)]
     pub(crate) record: Option<PathBuf>,
+    /// Write the statistics of the restore to this file, for `snaprestore report --run`
+    ///
+    /// The JSON object has the statistics of `ctl stats`, with the buckets of the latencies, and a
+    /// timeline of demand and prefetch. An existing file is replaced.
+    #[arg(long, value_name = "RUN.json", value_hint = ValueHint::FilePath)]
+    pub(crate) run_json: Option<PathBuf>,
     /// Suppress the note that only user-mode faults are permitted here
     ///
     /// Without permission for a full userfaultfd, the command falls back to one that catches faults
@@ -472,6 +517,7 @@ correspond to the options, with the same defaults; only name, snapshot and socke
   control = \"/run/snaprestore/control.socket\"
   metrics = \"127.0.0.1:9100\"
   layers = [\"/var/lib/snaprestore/bases\"]
+  run_json = \"/var/lib/snaprestore/runs\"
 
   [[service]]
   name = \"web\"
@@ -542,6 +588,12 @@ pub(crate) struct Serve {
     #[arg(long, default_value_t = 64, value_name = "MIB",
         value_parser = clap::value_parser!(u64).range(..=1 << 20))]
     pub(crate) frame_cache: u64,
+    /// Folder in which to write the statistics of each VM that has ended, for `snaprestore report`
+    ///
+    /// The files are named SERVICE-VM-TIME.run.json; nothing deletes them. Their numbers begin with
+    /// the worker that served the VM last.
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) run_json: Option<PathBuf>,
     /// Run the worker without its sandbox, which forbids opening files, running programs and most
     /// system calls
     #[arg(long)]

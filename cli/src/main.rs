@@ -46,6 +46,7 @@ mod counterparts;
 mod exit;
 mod facts;
 mod layers;
+mod map;
 mod names;
 mod output;
 mod progress;

@@ -12,13 +12,14 @@ use nix::sys::socket::{
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use snaprestore_engine::pager::{FrameId, OwnerRegion};
+use snaprestore_engine::stats::RunRecord;
 use snaprestore_uffd::os::receive;
 
 use crate::api::config::Service;
 use crate::api::summary::VmSummary;
 use crate::api::types::{self, Upgraded, VmState};
 
-/// Maximum size of a message: the regions of a VM, at most a thousand.
+/// Maximum size of a message: the regions of a VM, at most a thousand, or the record of a run.
 const MAX_MESSAGE_BYTES: usize = 160 << 10;
 
 /// Variable that names the places at which the project's own tests kill workers: one for each
@@ -170,6 +171,9 @@ pub(crate) enum FromWorker {
         /// Whether it was killed instead of completed, after the daemon was asked to stop.
         #[serde(default)]
         incomplete: bool,
+        /// The statistics of its session, if they are wanted.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        run: Option<Box<RunRecord>>,
     },
 }
 
@@ -246,5 +250,68 @@ impl Channel {
 impl AsFd for Channel {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use snaprestore_engine::pager::SessionEnd;
+    use snaprestore_engine::stats::{
+        Durations, FaultSources, MAX_TIMELINE_BUCKETS, RUN_VERSION, Stats, Timeline, TimelineBucket,
+    };
+
+    use super::*;
+    use crate::api::summary::VmLabel;
+
+    /// A histogram has 640 buckets, and a record has one for each source and their sum.
+    #[test]
+    fn largest_record_of_a_run_fits_a_message() {
+        let buckets = (0..640).map(|n| (4_000_000_000_000 + n, 10_000_000));
+        let times = Durations::new(buckets.collect(), Duration::MAX / 4, Duration::MAX / 4);
+        let label = VmLabel {
+            id: u64::MAX,
+            pid: u32::MAX,
+            service: "s".repeat(64),
+        };
+        let bucket = TimelineBucket {
+            faults: 100_000_000,
+            demand_pages: 100_000_000,
+            prefetch_pages: 100_000_000,
+            bytes_read: 100_000_000_000,
+        };
+        let record = RunRecord {
+            run_version: RUN_VERSION,
+            what: label.to_string(),
+            snapshot_id: "0".repeat(32),
+            content_digest: "0".repeat(64),
+            map_us: Some(u64::MAX),
+            complete_us: Some(u64::MAX),
+            pages_left_to_kernel: u64::MAX,
+            statistics: Stats {
+                fault_time: times.clone(),
+                sources: FaultSources {
+                    read: times.clone(),
+                    cached: times.clone(),
+                    waited: times.clone(),
+                    fill: times.clone(),
+                    none: times,
+                },
+                ..Stats::default()
+            },
+            timeline: Timeline {
+                bucket_us: u64::MAX,
+                buckets: vec![bucket; MAX_TIMELINE_BUCKETS],
+            },
+        };
+        let message = FromWorker::VmEnded {
+            id: u64::MAX,
+            vm: VmSummary::new(label, SessionEnd::Complete),
+            incomplete: false,
+            run: Some(Box::new(record)),
+        };
+        let bytes = serde_json::to_vec(&message).unwrap().len();
+        assert!(bytes < MAX_MESSAGE_BYTES, "{bytes}");
     }
 }

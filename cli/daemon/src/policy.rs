@@ -73,7 +73,7 @@ pub(crate) const MIN_UPTIME: Duration = Duration::from_secs(10);
 pub(crate) const UPGRADE_TIMEOUT: Duration = Duration::from_secs(20);
 /// Time limit for a guardian to become ready: exec, and some writes to kernel files.
 pub(crate) const GUARDIAN_TIMEOUT: Duration = Duration::from_secs(20);
-/// Time limit for the guardian to read its last messages.
+/// Time limit for the guardian to read its last messages, and for the last files to be written.
 pub(crate) const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Returns the limit of workers that get stuck on one VM in a row, at which the VM is killed. The

@@ -1,7 +1,11 @@
-//! `snaprestore info`: shows what a snapshot holds, from its directory alone.
+//! `snaprestore info`: shows what a snapshot holds, from its directory alone. The map needs the
+//! index as well.
+
+mod map;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::path::Path;
 
 use anyhow::Result;
 use comfy_table::{CellAlignment, Table, presets};
@@ -15,46 +19,54 @@ use crate::facts::Facts;
 use crate::layers;
 use crate::names;
 use crate::output::{Output, count};
+use crate::signals::Cancel;
+use map::Drawing;
 
 /// Maximum number of regions listed for people; a process tree has tens of thousands.
 const LISTED_REGIONS: usize = 200;
 
+/// The facts about a snapshot that `info` and `report` show.
 #[derive(Serialize)]
-struct InfoReport {
-    file: String,
+pub(crate) struct InfoReport {
+    pub(crate) file: String,
     #[serde(flatten)]
-    facts: Facts,
-    properties: BTreeMap<String, String>,
-    attachments: Vec<Attachment>,
-    working_sets: Vec<WorkingSet>,
+    pub(crate) facts: Facts,
+    pub(crate) properties: BTreeMap<String, String>,
+    pub(crate) attachments: Vec<Attachment>,
+    pub(crate) working_sets: Vec<WorkingSet>,
     dictionaries: Vec<Dictionary>,
     /// The other files that a layered snapshot needs.
-    ancestors: Vec<Ancestor>,
+    pub(crate) ancestors: Vec<Ancestor>,
     /// Number of pages whose content lies in the file itself, if it is layered.
     #[serde(skip)]
     own_pages: u64,
+    #[serde(skip)]
+    map: Option<Drawing>,
 }
 
+/// Another file that a layered snapshot needs.
 #[derive(Serialize)]
-struct Ancestor {
-    file: String,
-    snapshot_id: String,
+pub(crate) struct Ancestor {
+    pub(crate) file: String,
+    pub(crate) snapshot_id: String,
     file_bytes: u64,
     /// Number of pages whose content lies in this file.
-    pages: u64,
+    pub(crate) pages: u64,
 }
 
+/// A file stored beside the memory.
 #[derive(Serialize)]
-struct Attachment {
-    name: String,
-    bytes: u64,
+pub(crate) struct Attachment {
+    pub(crate) name: String,
+    pub(crate) bytes: u64,
 }
 
+/// A stored working set.
 #[derive(Serialize)]
-struct WorkingSet {
-    name: String,
+pub(crate) struct WorkingSet {
+    pub(crate) name: String,
     runs: u64,
-    pages: u64,
+    pub(crate) pages: u64,
 }
 
 #[derive(Serialize)]
@@ -63,48 +75,60 @@ struct Dictionary {
     bytes: u64,
 }
 
-pub(crate) fn run(args: &args::Info, output: Output) -> Result<Exit> {
+pub(crate) fn run(args: &args::Info, output: Output, cancel: &Cancel) -> Result<Exit> {
+    cancel.end_at_once();
     let snapshot = layers::open(&args.file, &args.layers)?;
-    let (own_pages, ancestors) = ancestors(&snapshot)?;
-    let mut facts = Facts::of(&snapshot);
-    facts.ancestor_pages = ancestors.iter().map(|ancestor| ancestor.pages).sum();
-    let report = InfoReport {
-        file: names::exact(&args.file),
-        facts,
-        properties: snapshot.properties()?.into_iter().collect(),
-        attachments: snapshot
-            .attachments()?
-            .into_iter()
-            .map(|attachment| Attachment {
-                name: attachment.name,
-                bytes: attachment.bytes,
-            })
-            .collect(),
-        working_sets: snapshot
-            .working_sets()?
-            .into_iter()
-            .map(|set| {
-                let runs = snapshot.working_set(&set.name)?;
-                Ok(WorkingSet {
-                    name: set.name,
-                    runs: set.runs,
-                    pages: runs.iter().map(|run| run.pages).sum(),
-                })
-            })
-            .collect::<Result<_>>()?,
-        dictionaries: snapshot
-            .dictionaries()?
-            .into_iter()
-            .map(|dictionary| Dictionary {
-                number: dictionary.number,
-                bytes: dictionary.bytes,
-            })
-            .collect(),
-        ancestors,
-        own_pages,
-    };
+    let mut report = InfoReport::of(&snapshot, &args.file)?;
+    if args.map {
+        report.map = Some(Drawing::of(&snapshot, cancel)?);
+    }
     output.report(&report)?;
     Ok(Exit::Done)
+}
+
+impl InfoReport {
+    /// Gathers the facts about an open snapshot.
+    pub(crate) fn of(snapshot: &Snapshot, file: &Path) -> Result<Self> {
+        let (own_pages, ancestors) = ancestors(snapshot)?;
+        let mut facts = Facts::of(snapshot);
+        facts.ancestor_pages = ancestors.iter().map(|ancestor| ancestor.pages).sum();
+        Ok(Self {
+            file: names::exact(file),
+            facts,
+            properties: snapshot.properties()?.into_iter().collect(),
+            attachments: snapshot
+                .attachments()?
+                .into_iter()
+                .map(|attachment| Attachment {
+                    name: attachment.name,
+                    bytes: attachment.bytes,
+                })
+                .collect(),
+            working_sets: snapshot
+                .working_sets()?
+                .into_iter()
+                .map(|set| {
+                    let runs = snapshot.working_set(&set.name)?;
+                    Ok(WorkingSet {
+                        name: set.name,
+                        runs: set.runs,
+                        pages: runs.iter().map(|run| run.pages).sum(),
+                    })
+                })
+                .collect::<Result<_>>()?,
+            dictionaries: snapshot
+                .dictionaries()?
+                .into_iter()
+                .map(|dictionary| Dictionary {
+                    number: dictionary.number,
+                    bytes: dictionary.bytes,
+                })
+                .collect(),
+            ancestors,
+            own_pages,
+            map: None,
+        })
+    }
 }
 
 /// Returns the number of pages that lie in the file of a layered snapshot, and its ancestors with
@@ -172,6 +196,9 @@ impl fmt::Display for InfoReport {
         let left = self.facts.regions.len().saturating_sub(LISTED_REGIONS);
         if left > 0 {
             writeln!(f, "... and {left} more regions (all with --json)")?;
+        }
+        if let Some(map) = &self.map {
+            write!(f, "\n{map}")?;
         }
         Ok(())
     }

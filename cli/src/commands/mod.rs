@@ -13,6 +13,7 @@ mod info;
 mod man;
 mod optimize;
 mod rebase;
+mod report;
 mod restore;
 mod serve;
 mod trace;
@@ -30,7 +31,8 @@ use crate::signals::Cancel;
 pub(crate) fn run(command: Command, output: Output, cancel: &Cancel) -> Result<Exit> {
     match command {
         Command::Create(args) => create::run(&args, output, cancel),
-        Command::Info(args) => info::run(&args, output),
+        Command::Info(args) => info::run(&args, output, cancel),
+        Command::Report(args) => report::run(&args, output, cancel),
         Command::Verify(args) => verify::run(&args, output, cancel),
         Command::Extract(args) => extract::run(&args, output, cancel),
         Command::Flatten(args) => flatten::run(&args, output, cancel),

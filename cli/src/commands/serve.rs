@@ -3,14 +3,15 @@
 use std::path::absolute;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use snaprestore_daemon::api::config::{Config, MetricsAddress};
 use snaprestore_daemon::log::LogFormat;
 use snaprestore_daemon::{Console, Endpoint, Options, Supervisor};
 
 use crate::args;
-use crate::exit::Exit;
+use crate::exit::{Exit, Refusal};
 use crate::layers;
+use crate::names;
 use crate::output::Output;
 use crate::signals::Cancel;
 
@@ -23,6 +24,7 @@ pub(crate) fn run(args: &args::Serve, output: Output, cancel: &Cancel) -> Result
             .map(absolute)
             .collect::<Result<_, _>>()?,
         frame_cache: args.frame_cache,
+        run_json: config.run_json.clone(),
         log_format: args.log_format,
         confine: !args.no_confine,
         user: args.user.clone(),
@@ -63,6 +65,16 @@ fn config(args: &args::Serve) -> Result<Config> {
     }
     if let Some(control) = &args.control {
         config.control = Some(absolute(control)?);
+    }
+    if let Some(folder) = &args.run_json {
+        config.run_json = Some(absolute(folder)?);
+    }
+    if let Some(folder) = &config.run_json {
+        let named = || format!("{}: cannot write statistics to it", names::path(folder));
+        if !folder.metadata().with_context(named)?.is_dir() {
+            let folder = names::path(folder);
+            return Err(Refusal::Usage(format!("--run-json {folder}: is not a folder")).into());
+        }
     }
     config.metrics = args.metrics.clone().or(config.metrics);
     if let Some(MetricsAddress::Socket(path)) = &mut config.metrics {

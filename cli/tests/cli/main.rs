@@ -20,6 +20,7 @@ mod layers;
 mod owner;
 mod process;
 mod process_memory;
+mod report;
 mod restore;
 mod usage;
 mod working_sets;

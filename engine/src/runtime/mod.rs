@@ -363,7 +363,12 @@ impl Runtime {
     pub(crate) fn run_record(&self, what: String, statistics: Stats) -> RunRecord {
         let (counters, image) = (&self.session.stats, &self.session.image);
         let now = counters.for_timeline(image.bytes_read());
-        RunRecord::new(what, image.snapshot(), statistics, counters.timeline.load(now))
+        RunRecord::new(
+            what,
+            image.snapshot(),
+            statistics,
+            counters.timeline.load(now),
+        )
     }
 
     /// Returns the statistics so far, except those that only the restore or pager knows.

@@ -210,7 +210,9 @@ impl<P: Platform, I: Image> Session<P, I> {
     pub(crate) fn advance_timeline(&self, now: Instant) {
         let since_start = now.saturating_duration_since(self.begun);
         let timeline = &self.stats.timeline;
-        timeline.at(since_start, || self.stats.for_timeline(self.image.bytes_read()));
+        timeline.at(since_start, || {
+            self.stats.for_timeline(self.image.bytes_read())
+        });
     }
 
     /// Wakes a fault thread so that it checks whether anything has changed.

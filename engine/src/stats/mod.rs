@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use durations::Histogram;
 pub use durations::{Durations, nearest_rank};
-pub use run::{RUN_VERSION, RunRecord};
+pub use run::{RUN_VERSION, RunError, RunRecord};
 pub(crate) use timeline::TimelineRecorder;
 pub use timeline::{MAX_TIMELINE_BUCKETS, Timeline, TimelineBucket};
 

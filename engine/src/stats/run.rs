@@ -1,9 +1,12 @@
 //! The record of a run: the statistics of one session as a file that `snaprestore report` reads.
 
+use std::io::{self, Write as _};
+use std::path::Path;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use snapshot_format::Snapshot;
+use snapshot_format::names::escape_path;
+use snapshot_format::{FileError, Snapshot, SnapshotFile};
 
 use super::{Stats, Timeline};
 
@@ -34,6 +37,23 @@ pub struct RunRecord {
     pub timeline: Timeline,
 }
 
+/// Why a record could not be written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RunError {
+    /// The file could not be created, or not be given its name.
+    #[error("cannot write the statistics of the run")]
+    File(#[from] FileError),
+    /// The file could not be written.
+    #[error("cannot write the statistics of the run to {file}")]
+    Write {
+        /// The path of the file, escaped.
+        file: String,
+        /// The error of the system call.
+        source: io::Error,
+    },
+}
+
 impl RunRecord {
     /// Creates the record of a session that restores `snapshot`.
     pub fn new(what: String, snapshot: &Snapshot, statistics: Stats, timeline: Timeline) -> Self {
@@ -49,6 +69,20 @@ impl RunRecord {
             statistics,
             timeline,
         }
+    }
+
+    /// Writes the JSON object to a file, which gets its name when all of it is on disk. With
+    /// `force` it replaces a file that exists.
+    pub fn write_path(&self, path: impl AsRef<Path>, force: bool) -> Result<(), RunError> {
+        let path = path.as_ref();
+        let failed = |source| RunError::Write {
+            file: escape_path(path),
+            source,
+        };
+        let text = serde_json::to_vec(self).map_err(|error| failed(error.into()))?;
+        let mut file = SnapshotFile::create(path, force)?;
+        file.write_all(&text).map_err(failed)?;
+        Ok(file.commit()?)
     }
 }
 

@@ -221,7 +221,11 @@ mod tests {
     }
 
     fn counts(timeline: &Timeline) -> Vec<u64> {
-        timeline.buckets.iter().map(|bucket| bucket.faults).collect()
+        timeline
+            .buckets
+            .iter()
+            .map(|bucket| bucket.faults)
+            .collect()
     }
 
     #[test]

@@ -253,6 +253,54 @@ fn metrics_count_each_ended_vm_once() {
     assert_eq!(summary["vms"].as_array().expect("VMs").len(), 8);
 }
 
+/// Each VM leaves a file with the statistics of its session, which `report` reads.
+#[test]
+fn ended_vms_leave_records_of_their_runs() {
+    let mut scene = Scene::new(Shares::MIXED);
+    let runs = scene.path("runs");
+    let folder = runs.display().to_string();
+    let mut refused = scene.daemon(&["--run-json", &folder]);
+    Run::to_end(&mut refused)
+        .exits(1)
+        .says(&["runs", "No such file"]);
+    fs::create_dir(&runs).expect("cannot create the folder");
+    scene.serve(&["--prefetch", "off", "--run-json", &folder]);
+    for number in 1..=2 {
+        let run = Run::to_end(&mut scene.vmm(&[])).exits(0);
+        assert_eq!(run.out, format!("{PAGES} pages right\n").as_bytes());
+        scene.wait_for("pages installed", number);
+    }
+    kill(scene.supervisor(), Signal::SIGTERM).expect("asked");
+    let summary = scene.exits(0);
+    let entries = fs::read_dir(&runs).expect("cannot list the folder");
+    let mut files: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
+    files.sort();
+    assert_eq!(files.len(), 2, "{files:?}");
+    for ((number, file), vm) in (1..)
+        .zip(&files)
+        .zip(summary["vms"].as_array().expect("VMs"))
+    {
+        let name = file.file_name().unwrap().to_string_lossy().into_owned();
+        assert!(name.starts_with(&format!("default-{number}-")), "{name}");
+        let text = fs::read(file).expect("cannot read the file");
+        let record: Value = serde_json::from_slice(&text).expect("no JSON");
+        let faults = &record["statistics"]["faults"];
+        assert_eq!(*faults, vm["faults"], "{record}");
+        let timeline = record["timeline"]["faults"].as_array().expect("a list");
+        let sum: u64 = timeline.iter().map(|count| count.as_u64().unwrap()).sum();
+        assert_eq!(*faults, sum, "{record}");
+        let buckets = record["statistics"]["fault_us"]["buckets"].as_array();
+        assert!(!buckets.expect("a histogram").is_empty(), "{record}");
+        let page = scene.path("report.html");
+        let mut report = snaprestore(["report", "--force"]);
+        report.arg(&scene.snapshot).arg("--run").arg(file);
+        report.arg("--output").arg(&page);
+        let _ = Run::to_end(&mut report).exits(0);
+        let page = fs::read_to_string(page).expect("cannot read the file");
+        assert!(page.contains(&format!("VM {number} (pid ")), "{record}");
+    }
+}
+
 #[test]
 fn services_are_added_removed_and_drained() {
     let mut scene = Scene::new(Shares::MIXED);

@@ -369,6 +369,9 @@ pub struct Config {
     /// snapshot.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub layers: Vec<PathBuf>,
+    /// Folder in which the statistics of each VM are written when it has ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run_json: Option<PathBuf>,
     /// The services.
     #[serde(default, rename = "service")]
     pub services: Vec<Service>,
@@ -409,6 +412,7 @@ impl Config {
         };
         config.control.iter_mut().for_each(resolve);
         config.layers.iter_mut().for_each(resolve);
+        config.run_json.iter_mut().for_each(resolve);
         if let Some(MetricsAddress::Socket(path)) = &mut config.metrics {
             resolve(path);
         }
@@ -431,6 +435,9 @@ impl Config {
         let mut sockets = BTreeSet::new();
         for folder in &self.layers {
             absolute("layers", folder)?;
+        }
+        if let Some(folder) = &self.run_json {
+            absolute("run_json", folder)?;
         }
         if let Some(control) = &self.control {
             check_socket("control", control)?;
@@ -483,6 +490,7 @@ mod tests {
 control = "/run/control.socket"
 metrics = "127.0.0.1:9100"
 layers = ["bases", "/srv/bases"]
+run_json = "runs"
 
 [[service]]
 name = "web"
@@ -524,6 +532,7 @@ socket_group = "kvm"
         assert_eq!(config.metrics, Some(MetricsAddress::Loopback(address)));
         let layers = ["/etc/snaprestore/bases", "/srv/bases"];
         assert_eq!(config.layers, layers.map(PathBuf::from));
+        assert_eq!(config.run_json, Some("/etc/snaprestore/runs".into()));
         let [web, db] = &config.services[..] else {
             panic!("{config:?}");
         };
@@ -632,6 +641,10 @@ socket_group = "kvm"
         );
         refused(&service.replace("\"s\"", "\"\""), &["snapshot", "empty"]);
         refused(&format!("layers = [\"\"]\n{service}"), &["layers", "empty"]);
+        refused(
+            &format!("run_json = \"\"\n{service}"),
+            &["run_json", "empty"],
+        );
         refused("[[service]]\nname = \"a\"", &["snapshot"]);
         refused("", &["nothing to serve"]);
     }

@@ -81,6 +81,7 @@ impl Supervisor {
         self.vms.check_closing();
         self.add_services_opened();
         self.journal.log_suppressed();
+        self.check_run_files();
         self.workers.check_upgrade();
         self.check_worker()
     }

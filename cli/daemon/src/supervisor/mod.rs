@@ -21,6 +21,7 @@ mod handshake;
 mod journal;
 mod listener;
 mod recovery;
+mod run_files;
 mod services;
 mod snapshot_files;
 mod upgrade;
@@ -41,6 +42,7 @@ use nix::errno::Errno;
 use self::endpoints::Endpoints;
 use self::journal::Journal;
 pub use self::listener::ListenError;
+use self::run_files::RunFiles;
 pub use self::services::AddServiceError;
 use self::services::Services;
 use self::vms::Vms;
@@ -70,6 +72,8 @@ pub struct Options {
     pub layers: Vec<PathBuf>,
     /// Size of the cache of decoded frames that VMs share, in MiB.
     pub frame_cache: u64,
+    /// Folder in which the statistics of each VM are written when it has ended.
+    pub run_json: Option<PathBuf>,
     /// The format of log lines.
     pub log_format: LogFormat,
     /// Whether the worker is confined.
@@ -85,6 +89,7 @@ impl Default for Options {
             stuck_after: Duration::from_secs(30),
             layers: Vec::new(),
             frame_cache: 64,
+            run_json: None,
             log_format: LogFormat::Text,
             confine: true,
             user: None,
@@ -162,6 +167,7 @@ pub struct Supervisor {
     endpoints: Endpoints,
     fd_store: FdStore,
     journal: Journal,
+    run_files: Option<RunFiles>,
 }
 
 /// Stage of stopping.
@@ -211,6 +217,8 @@ impl Supervisor {
         let inherited = systemd::take_inherited_fds();
         let program = std::path::Path::new(workers::OWN_PROGRAM);
         let fd_store = FdStore::find(program, &inherited);
+        let run_files = options.run_json.clone().map(RunFiles::start).transpose();
+        let run_files = run_files.map_err(StartError::RunFiles)?;
         let mut supervisor = Self {
             workers: Workers::start(options.clone())?,
             options,
@@ -221,6 +229,7 @@ impl Supervisor {
             endpoints: Endpoints::default(),
             fd_store,
             journal: Journal::new(console),
+            run_files,
         };
         if let Some(warning) = supervisor.fd_store.warning() {
             supervisor.journal.error(warning);
@@ -283,6 +292,7 @@ impl Supervisor {
         }
         self.wait_for_exits()?;
         self.shut_down_worker();
+        self.finish_run_files();
         if !self.fd_store.flush(policy::FLUSH_TIMEOUT) {
             self.journal.error(format_args!(
                 "{} is not reading and still counts released VMs as served: kill it (SIGKILL), or it kills those VMs \

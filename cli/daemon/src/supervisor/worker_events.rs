@@ -3,13 +3,17 @@
 use std::os::fd::OwnedFd;
 
 use snaprestore_engine::pager::SessionEnd;
+use snaprestore_engine::stats::RunRecord;
+use snapshot_format::names::escape_path;
 
+use super::run_files::RunFileFailure;
 use super::workers::{Briefing, WorkerState};
 use super::{RunError, Stopping, Supervisor};
-use crate::api::summary::VmSummary;
+use crate::api::summary::{VmLabel, VmSummary};
 use crate::error::Chain;
 use crate::ipc::{FromWorker, SupervisorRequest};
 use crate::log::count;
+use crate::policy;
 use crate::supervisor::services::AddServiceError;
 use crate::supervisor::worker_process::ExitCause;
 
@@ -46,7 +50,12 @@ impl Supervisor {
                     self.journal.vm_info(&record.label(), "served");
                 }
             }
-            FromWorker::VmEnded { id, vm, incomplete } => self.end_vm(id, vm, incomplete),
+            FromWorker::VmEnded {
+                id,
+                vm,
+                incomplete,
+                run,
+            } => self.end_vm(id, vm, incomplete, run),
         }
         Ok(())
     }
@@ -72,10 +81,19 @@ impl Supervisor {
     }
 
     /// Ends a VM that the worker no longer serves.
-    fn end_vm(&mut self, id: u64, summary: VmSummary, incomplete: bool) {
+    fn end_vm(
+        &mut self,
+        id: u64,
+        summary: VmSummary,
+        incomplete: bool,
+        run: Option<Box<RunRecord>>,
+    ) {
         let Some(mut record) = self.vms.take_active(id) else {
             return;
         };
+        if let Some(run) = run {
+            self.write_run(record.label(), *run);
+        }
         let (service, connected) = (record.service(), record.connected());
         match summary.end {
             SessionEnd::Complete => {
@@ -96,6 +114,44 @@ impl Supervisor {
         }
         let _ = self.record_end(service, connected, summary);
         self.drop_service_if_unused(service);
+    }
+
+    /// Queues the statistics of an ended VM to be written. The worker is not trusted with the name.
+    fn write_run(&self, label: VmLabel, mut run: RunRecord) {
+        let Some(files) = &self.run_files else {
+            return;
+        };
+        run.what = label.to_string();
+        if let Err(why) = files.write(label.clone(), run) {
+            self.journal.vm_error(&label, why);
+        }
+    }
+
+    /// Logs which statistics could not be written.
+    pub(super) fn check_run_files(&self) {
+        let Some(files) = &self.run_files else {
+            return;
+        };
+        while let Some(RunFileFailure { label, why }) = files.failure() {
+            self.journal.vm_error(&label, why);
+        }
+    }
+
+    /// Waits until the statistics of all VMs are written.
+    pub(super) fn finish_run_files(&mut self) {
+        let Some(files) = self.run_files.take() else {
+            return;
+        };
+        let folder = escape_path(files.folder());
+        let (failures, done) = files.finish(policy::FLUSH_TIMEOUT);
+        for RunFileFailure { label, why } in failures {
+            self.journal.vm_error(&label, why);
+        }
+        if !done {
+            self.journal.error(format_args!(
+                "some statistics of VMs are not written: {folder} does not answer; check its disk"
+            ));
+        }
     }
 
     /// Handles an operator's request that the worker can't serve alone.

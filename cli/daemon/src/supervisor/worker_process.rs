@@ -33,6 +33,9 @@ pub enum StartError {
         /// The error of the system call.
         source: io::Error,
     },
+    /// The thread that writes statistics could not be started.
+    #[error("cannot start the thread that writes the statistics of VMs")]
+    RunFiles(#[source] io::Error),
     /// The process can't be watched.
     #[error("cannot open a pidfd of the worker")]
     Watch(#[source] io::Error),
@@ -84,6 +87,9 @@ impl WorkerProcess {
         let format = format.as_ref().map_or("text", |format| format.get_name());
         command.args(["--log-format", format]);
         command.args(["--frame-cache", &options.frame_cache.to_string()]);
+        if options.run_json.is_some() {
+            command.arg("--run-records");
+        }
         if options.confine {
             command.arg("--confine");
         }

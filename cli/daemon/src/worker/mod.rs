@@ -66,6 +66,9 @@ pub(crate) struct WorkerOptions {
     /// Decoded frames that sessions share, in MiB
     #[arg(long)]
     frame_cache: u64,
+    /// Send the record of each session
+    #[arg(long)]
+    run_records: bool,
     /// How events are logged
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     pub(crate) log_format: LogFormat,
@@ -140,7 +143,10 @@ pub(crate) fn run(args: &WorkerOptions) -> Result<ExitCode, WorkerError> {
         return Ok(ExitCode::FAILURE);
     }
     arm();
-    let worker = Arc::new(Worker::new(channel, user, cores, shared, pool));
+    let worker = Arc::new(Worker {
+        run_records: args.run_records,
+        ..Worker::new(channel, user, cores, shared, pool)
+    });
     let format = args.log_format;
     worker.spawn("log", move |_| {
         loop {
@@ -197,6 +203,8 @@ pub(crate) struct Worker {
     /// The daemon's user.
     user: u32,
     cores: usize,
+    /// Whether the supervisor wants the records of sessions.
+    run_records: bool,
     pub(crate) services: Mutex<BTreeMap<u64, Arc<OpenService>>>,
     /// Ancestors of snapshots that have not been announced yet, by service.
     ancestors: Mutex<BTreeMap<u64, Vec<Arc<FileStore>>>>,
@@ -303,6 +311,7 @@ impl Worker {
             channel,
             user,
             cores,
+            run_records: false,
             shared,
             services: Mutex::default(),
             ancestors: Mutex::default(),
@@ -482,7 +491,14 @@ impl Worker {
             vms.remove(&id);
         }
         let incomplete = matches!(vm.end, SessionEnd::Killed(_)) && served.to_complete.load(SeqCst);
-        self.notify(&FromWorker::VmEnded { id, vm, incomplete });
+        let paged = served.paged.get().filter(|_| self.run_records);
+        let run = paged.map(|paged| Box::new(paged.run_record(served.label().to_string())));
+        self.notify(&FromWorker::VmEnded {
+            id,
+            vm,
+            incomplete,
+            run,
+        });
     }
 
     /// Keeps the statistics of an ended VM for operators.

@@ -105,6 +105,7 @@ pub(crate) fn run(args: &args::Demo, output: Output, cancel: &Cancel) -> Result<
         retry_timeout: RETRY_TIMEOUT,
         check: Some(fd_path(&reference)),
         record: None,
+        run_json: None,
         user_mode_only: args.user_mode_only,
     };
     let restore = restore::restore(&options, output, cancel)?;

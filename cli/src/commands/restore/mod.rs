@@ -118,6 +118,10 @@ pub(crate) fn restore(
         }
     }
     let stats = restored.stats();
+    if let Some(path) = &args.run_json {
+        let record = restored.run_record(format!("restore of {}", names::exact(&args.file)));
+        record.write_path(path, true)?;
+    }
     let mut report = RestoreReport::new(
         names::exact(&args.file),
         &snapshot,

@@ -1,0 +1,194 @@
+//! The map of `info --map`: one character for a number of pages.
+
+use std::fmt::{self, Write as _};
+use std::io::{self, IsTerminal as _};
+
+use anyhow::Result;
+use indicatif::BinaryBytes;
+use snapshot_format::layout::PAGE_SIZE_U64;
+use snapshot_format::{Region, Snapshot};
+
+use crate::map::{Counts, Group, Limits, MemoryMap, PageSet};
+use crate::names;
+use crate::output::count;
+use crate::signals::Cancel;
+
+/// Width of a map that is not shown on a terminal.
+const PLAIN_COLUMNS: u64 = 80;
+/// Lines of characters that a map has at most, besides one more for each group.
+const LINES: u64 = 16;
+/// Maximum number of groups.
+const GROUPS: usize = 24;
+/// Columns of the addresses.
+const MARGIN: u64 = 18;
+
+/// The characters of a map, each with its meaning.
+struct Alphabet {
+    zero: char,
+    fill: char,
+    duplicate: char,
+    ancestor: char,
+    stored: char,
+    unavailable: char,
+    hot: char,
+}
+
+const UNICODE: Alphabet = Alphabet {
+    zero: '\u{b7}',
+    fill: '\u{2591}',
+    duplicate: '\u{2592}',
+    ancestor: '\u{2593}',
+    stored: '\u{2588}',
+    unavailable: '\u{d7}',
+    hot: '\u{25c6}',
+};
+
+const ASCII: Alphabet = Alphabet {
+    zero: '.',
+    fill: '-',
+    duplicate: '=',
+    ancestor: '%',
+    stored: '#',
+    unavailable: 'x',
+    hot: '@',
+};
+
+/// A map for people.
+pub(super) struct Drawing {
+    map: MemoryMap,
+    regions: Vec<Region>,
+    columns: u64,
+    alphabet: &'static Alphabet,
+}
+
+impl Drawing {
+    /// Reads the index of a snapshot, for the width of the terminal.
+    pub(super) fn of(snapshot: &Snapshot, cancel: &Cancel) -> Result<Self> {
+        let terminal = io::stdout().is_terminal();
+        let width = terminal_size::terminal_size_of(io::stdout()).filter(|_| terminal);
+        let width = width.map_or(PLAIN_COLUMNS, |(width, _)| u64::from(width.0));
+        let columns = width.saturating_sub(MARGIN).clamp(16, 256);
+        let limits = Limits {
+            cells: LINES * columns,
+            groups: GROUPS,
+        };
+        let hot = PageSet::of_working_sets(snapshot)?;
+        Ok(Self {
+            map: MemoryMap::read(snapshot, &hot, limits, cancel)?,
+            regions: snapshot.regions().to_vec(),
+            columns,
+            alphabet: if terminal && is_utf8() {
+                &UNICODE
+            } else {
+                &ASCII
+            },
+        })
+    }
+
+    fn write_group(&self, f: &mut fmt::Formatter<'_>, group: &Group) -> fmt::Result {
+        let alone = match group.regions[..] {
+            [region] => Some(&self.regions[region]),
+            _ => None,
+        };
+        match alone {
+            Some(region) if region.name.is_empty() => {}
+            Some(region) => writeln!(f, "{}", names::shown(&region.name))?,
+            None => writeln!(f, "{} smaller regions", group.regions.len())?,
+        }
+        let columns = usize::try_from(self.columns).unwrap_or(usize::MAX);
+        let bytes = self.columns * self.map.cell_pages * PAGE_SIZE_U64;
+        for (line, cells) in (0..).zip(group.cells.chunks(columns)) {
+            let address = alone.map(|region| region.start.saturating_add(line * bytes));
+            let address = address.map(|address| format!("{address:#x}"));
+            let mut text = String::new();
+            for cell in cells {
+                text.push(self.alphabet.of(&cell.counts));
+            }
+            writeln!(f, "{:>16}  {text}", address.unwrap_or_default())?;
+        }
+        Ok(())
+    }
+}
+
+impl Alphabet {
+    /// Returns the character for what most pages of a cell are. Half of the pages being hot is
+    /// enough.
+    fn of(&self, counts: &Counts) -> char {
+        if counts.hot * 2 >= counts.pages() && counts.hot > 0 {
+            return self.hot;
+        }
+        let kinds = [
+            (counts.zero, self.zero),
+            (counts.fill, self.fill),
+            (counts.duplicate, self.duplicate),
+            (counts.ancestor, self.ancestor),
+            (counts.stored, self.stored),
+            (counts.unavailable, self.unavailable),
+        ];
+        let most = kinds.into_iter().max_by_key(|(pages, _)| *pages);
+        most.map_or(' ', |(_, character)| character)
+    }
+}
+
+/// Returns whether the locale has UTF-8. Without any setting it is that of C.
+fn is_utf8() -> bool {
+    let settings = ["LC_ALL", "LC_CTYPE", "LANG"];
+    let set = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let locale = settings.into_iter().find_map(set).unwrap_or_default();
+    let locale = locale.to_ascii_lowercase();
+    locale.contains("utf-8") || locale.contains("utf8")
+}
+
+impl fmt::Display for Drawing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { map, alphabet, .. } = self;
+        let mut legend = String::new();
+        let mut add = |character: char, pages: u64, what: &str| {
+            if pages > 0 {
+                let _ = write!(legend, "  {character} {what}");
+            }
+        };
+        add(alphabet.zero, map.total.zero, "zero");
+        add(alphabet.fill, map.total.fill, "other fill");
+        add(alphabet.stored, map.total.stored, "stored");
+        add(alphabet.duplicate, map.total.duplicate, "duplicate");
+        add(alphabet.ancestor, map.total.ancestor, "in ancestors");
+        add(alphabet.unavailable, map.total.unavailable, "unavailable");
+        add(alphabet.hot, map.total.hot, "in a working set");
+        writeln!(
+            f,
+            "map         each character is {} ({})",
+            count(map.cell_pages, "page"),
+            BinaryBytes(map.cell_pages * PAGE_SIZE_U64)
+        )?;
+        writeln!(f, "{:>16}{legend}", "")?;
+        for group in &map.groups {
+            self.write_group(f, group)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn character_shows_most_pages_unless_half_are_hot() {
+        let mut counts = Counts {
+            zero: 3,
+            stored: 5,
+            ..Counts::default()
+        };
+        assert_eq!(ASCII.of(&counts), '#');
+        counts.hot = 3;
+        assert_eq!(ASCII.of(&counts), '#');
+        counts.hot = 4;
+        assert_eq!(ASCII.of(&counts), '@');
+        counts = Counts {
+            duplicate: 1,
+            ..Counts::default()
+        };
+        assert_eq!((ASCII.of(&counts), UNICODE.of(&counts)), ('=', '\u{2592}'));
+    }
+}
