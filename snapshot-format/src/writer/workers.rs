@@ -304,14 +304,14 @@ impl Workers {
         let (sender, shared) = (self.sender.clone(), Arc::clone(&self.shared));
         let compression = Arc::clone(compression);
         self.pool.spawn_fifo(move || {
-            let mut scratch = take(&shared.scratch).unwrap_or_else(Scratch::new);
-            let record = vec![0; record_room(sealed.slots())];
+            let mut scratch = shared.scratch.take().unwrap_or_else(Scratch::new);
+            let record = shared.records.take(record_room(sealed.slots()));
             let built = build(sealed, &compression, &mut scratch, record).map(|built| Built {
                 number,
                 copied: true,
                 ..built
             });
-            give(&shared.scratch, scratch);
+            shared.scratch.give(scratch);
             let _ = sender.send(Event::Built(built));
         });
     }
