@@ -1,8 +1,8 @@
 //! The pages that an owner needs first, and how it touches them.
 //!
-//! A *working set* of a tenth of the stored pages, in runs of 1 to 4, is recorded in a random order.
-//! An owner then touches its pages in another random order, and among them a tenth as many others.
-//! All of it is the same on every machine.
+//! A *working set* of a tenth of the stored pages, in runs of 1 to 4 anywhere, is recorded in a
+//! random order. An owner then touches its pages in another random order, and among them a tenth as
+//! many others, also from runs of 1 to 4. All of it is the same on every machine.
 //!
 //! | file | content |
 //! | --- | --- |
@@ -114,26 +114,29 @@ impl Choice {
         let known: BTreeSet<u64> = stored.iter().copied().collect();
         let mut firsts = stored.to_vec();
         shuffle(&mut firsts, 1);
-        let mut chosen = BTreeSet::new();
-        for first in firsts {
-            if chosen.len() >= stored.len() / SHARE {
-                break;
+        let mut firsts = firsts.into_iter();
+        let mut choose = |count: usize, allowed: &BTreeSet<u64>| {
+            let mut chosen = BTreeSet::new();
+            while chosen.len() < count
+                && let Some(first) = firsts.next()
+            {
+                let run = first..=first + mixed(first) % MAX_RUN;
+                chosen.extend(run.take_while(|page| allowed.contains(page)));
             }
-            let run = first..=first + mixed(first) % MAX_RUN;
-            chosen.extend(run.take_while(|page| known.contains(page)));
-        }
+            chosen
+        };
+        let chosen = choose(stored.len() / SHARE, &known);
+        let others: BTreeSet<u64> = known.difference(&chosen).copied().collect();
         let mut recorded: Vec<u64> = chosen.iter().copied().collect();
         shuffle(&mut recorded, 2);
-        let others: Vec<u64> = known.difference(&chosen).copied().collect();
-        let mut strangers = others.clone();
-        shuffle(&mut strangers, 3);
-        strangers.truncate(recorded.len() / SHARE);
+        let strangers = choose(recorded.len() / SHARE, &others).into_iter();
+        let strangers: Vec<u64> = strangers.take(recorded.len() / SHARE).collect();
         let mut touches = [recorded.as_slice(), &strangers].concat();
-        shuffle(&mut touches, 4);
+        shuffle(&mut touches, 3);
         Self {
             recorded,
             touches,
-            others,
+            others: others.into_iter().collect(),
         }
     }
 }

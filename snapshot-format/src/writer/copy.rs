@@ -533,7 +533,9 @@ impl CopySource {
                 block.pages[i] = if let Some(word) = digest::fill_word(page) {
                     Seen::Alike(Alike::Fill(word))
                 } else {
-                    let buffer = block.buffer.get_or_insert_with(|| BlockBuffer::of(&self.buffers));
+                    let buffer = block
+                        .buffer
+                        .get_or_insert_with(|| BlockBuffer::of(&self.buffers));
                     buffer.pages_mut(i, 1).copy_from_slice(page);
                     Seen::Data(key(&digest))
                 };
