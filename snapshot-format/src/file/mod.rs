@@ -54,7 +54,7 @@ const PRIVATE: u32 = 0o600;
 /// Permissions that are copied from a replaced file. They exclude the bits that change the user or
 /// group of a running program.
 const KEPT_MODE_BITS: u32 = 0o777;
-/// Those that the group has.
+/// Permissions of the group.
 const GROUP_MODE_BITS: u32 = 0o070;
 /// Number of temporary names that are tried.
 const NAME_RETRIES: u32 = 100;
