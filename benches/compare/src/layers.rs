@@ -280,6 +280,8 @@ fn create(
     base: Option<&Path>,
     out: &Path,
 ) -> Result<(), BenchError> {
+    // The chain of an earlier run, which `--force` does not replace below its children.
+    let _ = fs::remove_file(out);
     run(&mut create_command(program, source, base, out))
 }
 

@@ -12,8 +12,8 @@ use indicatif::HumanCount;
 use serde::Serialize;
 use snapshot_format::layout::PAGE_SIZE_U64;
 use snapshot_format::{
-    Ancestors, FileStore, Layer, LayerFolders, OpenError, Snapshot, Store, VerifyError,
-    VerifyOptions,
+    Ancestors, FileStore, Layer, LayerFolders, OpenError, Snapshot, SnapshotOptions, Store,
+    VerifyError, VerifyOptions,
 };
 
 use crate::args;
@@ -220,13 +220,10 @@ impl Work<'_> {
         let open: Arc<dyn Ancestors> = Arc::new(open);
         let ancestors = snapshot.ancestors().iter().map(|layer| {
             let file = layer.name().to_owned();
-            let checked = self.check(file.clone(), layer.shared_store(), Arc::clone(&open));
-            let (not_checked_alone, report) = match checked {
-                Ok(report) => (None, report),
-                Err(error) => match unneeded(&error, layer, &snapshot) {
-                    Some(unneeded) => (Some(unneeded), FileReport::unchecked(file)),
-                    None => return Err(error),
-                },
+            let not_checked_alone = unneeded(layer, &snapshot, &open);
+            let report = match not_checked_alone {
+                Some(_) => FileReport::unchecked(file),
+                None => self.check(file, layer.shared_store(), Arc::clone(&open))?,
             };
             Ok(AncestorReport {
                 ok: report.ok(),
@@ -238,12 +235,13 @@ impl Work<'_> {
     }
 }
 
-/// Returns the file for lack of which `layer` could not be opened alone, if it is one that
-/// `snapshot` does not need.
-fn unneeded(error: &anyhow::Error, layer: &Layer, snapshot: &Snapshot) -> Option<UnneededFile> {
-    let (id, reason) = match error.downcast_ref()? {
-        OpenError::AncestorMissing { id, .. } => (*id, "missing".to_owned()),
-        OpenError::AncestorUnusable { id, source, .. } => (*id, source.to_string()),
+/// Returns the file for lack of which `layer` cannot be opened alone, if it is one that `snapshot`
+/// does not need.
+fn unneeded(layer: &Layer, snapshot: &Snapshot, open: &Arc<dyn Ancestors>) -> Option<UnneededFile> {
+    let options = SnapshotOptions::default().ancestors(Arc::clone(open));
+    let (id, reason) = match Snapshot::open_with(layer.shared_store(), &options).err()? {
+        OpenError::AncestorMissing { id, .. } => (id, "missing".to_owned()),
+        OpenError::AncestorUnusable { id, source, .. } => (id, source.to_string()),
         _ => return None,
     };
     let mut needed = snapshot.ancestors().iter();

@@ -54,7 +54,7 @@ const PRIVATE: u32 = 0o600;
 /// Permissions that are copied from a replaced file. They exclude the bits that change the user or
 /// group of a running program.
 const KEPT_MODE_BITS: u32 = 0o777;
-/// Those that the group has.
+/// Permissions of the group.
 const GROUP_MODE_BITS: u32 = 0o070;
 /// Number of temporary names that are tried.
 const NAME_RETRIES: u32 = 100;
@@ -492,14 +492,14 @@ fn claim(path: &Path) -> io::Result<()> {
 /// Gives a private file the owner, group and permissions of the one that it replaces, as far as
 /// this process may and the file system supports them. Nobody gains access.
 fn keep_access(file: &File, replaced: &Metadata) -> io::Result<()> {
-    let made = file.metadata()?;
+    let private = file.metadata()?;
     let mut mode = replaced.mode() & KEPT_MODE_BITS;
-    if made.gid() != replaced.gid() && !supported(fchown(file, None, Some(replaced.gid())))? {
+    if private.gid() != replaced.gid() && !supported(fchown(file, None, Some(replaced.gid())))? {
         mode &= !GROUP_MODE_BITS;
     }
     supported(file.set_permissions(Permissions::from_mode(mode)))?;
     // A process that gave the file away may not be able to change it any more.
-    if made.uid() != replaced.uid() {
+    if private.uid() != replaced.uid() {
         supported(fchown(file, Some(replaced.uid()), None))?;
     }
     Ok(())
