@@ -62,10 +62,10 @@ impl Stretch {
     }
 
     /// Adds pages to a list, and extends its last stretch if they continue it.
-    pub(super) fn append(list: &mut Vec<Self>, at: usize, count: usize, page: u64) {
-        match list.last_mut() {
+    pub(super) fn append(stretches: &mut Vec<Self>, at: usize, count: usize, page: u64) {
+        match stretches.last_mut() {
             Some(last) if last.range().end == at && last.page_of(at) == page => last.count += count,
-            _ => list.push(Self::new(at, count, page)),
+            _ => stretches.push(Self::new(at, count, page)),
         }
     }
 
@@ -290,13 +290,13 @@ impl Base {
         samples.sorted.get_or_init(|| {
             // Other threads may not be done with their last blocks.
             let mut by_block = std::mem::take(&mut *lock(&samples.by_block));
-            let sampled = (0..blocks)
+            let all = (0..blocks)
                 .step_by(usize::try_from(stride).expect("at most 2^10"))
                 .map(|block| {
                     let sample = by_block.remove(&block);
                     sample.unwrap_or_else(|| self.sample(block, most))
                 });
-            let mut sorted: Vec<Sample> = sampled.flatten().collect();
+            let mut sorted: Vec<Sample> = all.flatten().collect();
             sorted.sort_unstable();
             sorted.dedup_by_key(|(key, _)| *key);
             sorted.shrink_to_fit();

@@ -22,7 +22,7 @@ impl Part {
         }
     }
 
-    fn as_base(self) -> Self {
+    fn diffed(self) -> Self {
         Self {
             as_base: true,
             ..self
@@ -99,7 +99,7 @@ fn write_parts(regions: &[Vec<Part>], base: &File, options: WriterOptions) -> Fi
 /// both, and that they store `stored` pages.
 #[track_caller]
 fn stores(base: &File, regions: &[Vec<Part>], stored: u64) {
-    let as_base = |part: &Part| part.clone().as_base();
+    let as_base = |part: &Part| part.clone().diffed();
     let as_base = |parts: &Vec<Part>| parts.iter().map(as_base).collect();
     for regions in [regions.to_vec(), regions.iter().map(as_base).collect()] {
         let child = write_parts(&regions, base, options());
@@ -215,7 +215,7 @@ fn moved_content_is_not_looked_for_in_a_diff_or_for_few_pages() {
     let child = write_parts(&[vec![full.clone()]], &base, options());
     assert_eq!(child.written.summary.stored_pages, 0);
     check(&child);
-    let child = write_parts(&[vec![full.as_base()]], &base, options());
+    let child = write_parts(&[vec![full.diffed()]], &base, options());
     assert_eq!(child.written.summary.stored_pages, 400);
     check(&child);
     let few = Part::new(None, base.memory[0][700..763].to_vec());
