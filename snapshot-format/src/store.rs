@@ -10,7 +10,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::fcntl::{FcntlArg, OFlag, PosixFadviseAdvice, fcntl, posix_fadvise};
 
 use crate::error::OpenError;
 use crate::names::escape_path;
@@ -42,6 +42,10 @@ pub trait Store: Send + Sync {
     /// Fills `buf` from `offset` on, or fails. A store that ends too early fails with
     /// [`io::ErrorKind::UnexpectedEof`].
     fn read_exact_at(&self, buf: &mut [u8], offset: u64, reason: Reason) -> io::Result<()>;
+
+    /// Tells the store that reads follow no order from now on, and are as large as they need to be:
+    /// fetching what follows a read would be in vain.
+    fn expect_random_reads(&self) {}
 
     /// Returns the store's name in messages: for a file, its path, escaped.
     fn name(&self) -> String;
@@ -164,6 +168,11 @@ impl Store for FileStore {
 
     fn read_exact_at(&self, buf: &mut [u8], offset: u64, _reason: Reason) -> io::Result<()> {
         self.file.read_exact_at(buf, offset)
+    }
+
+    fn expect_random_reads(&self) {
+        // A hint: without it, the kernel reads up to some megabytes more.
+        let _ = posix_fadvise(&self.file, 0, 0, PosixFadviseAdvice::POSIX_FADV_RANDOM);
     }
 
     fn name(&self) -> String {

@@ -275,7 +275,7 @@ impl Pager {
         begun: Instant,
     ) -> Result<Paged, AttachError> {
         may_kill(handover.owner.as_fd()).map_err(AttachError::NotPermitted)?;
-        self.threads.check_working_set(&self.snapshot)?;
+        self.threads.prepare(&self.snapshot)?;
         let frames = self.threads.shared().frames(&self.snapshot);
         let image = SnapshotImage::new(Arc::clone(&self.snapshot), frames)?;
         let page_map = match handover.page_map {

@@ -326,7 +326,7 @@ impl Restore {
         self.watch_observer();
         let resources = |what| move |source| StartError::resources(what, source);
         let snapshot = Arc::clone(&self.snapshot);
-        self.threads.check_working_set(&snapshot)?;
+        self.threads.prepare(&snapshot)?;
         let needed = snapshot.regions();
         if let Some(index) = self.regions.keys().find(|index| **index >= needed.len()) {
             return Err(StartError::NoSuchRegion {

@@ -234,6 +234,7 @@ impl Feed {
     /// Notifies the waiters that the feed is finished.
     pub(super) fn ended(&self) {
         if let Some(runtime) = self.runtime.upgrade() {
+            runtime.session.image.snapshot().forget_index_ahead();
             runtime.session.kick();
             if !self.plan.completes {
                 runtime.prefetch_ended();
@@ -254,6 +255,11 @@ impl Feed {
         for range in &mut ranges {
             range.end = range.end.min(slots);
         }
+        let blocks = ranges.iter().filter(|range| !range.is_empty());
+        let blocks = blocks.flat_map(|range| {
+            range.start / PAGES_PER_BLOCK_U64..range.end.div_ceil(PAGES_PER_BLOCK_U64)
+        });
+        session.image.snapshot().read_index_ahead(blocks);
         if self.plan.prefetch == Prefetch::All || self.plan.completes {
             ranges.push(0..slots);
         }

@@ -146,10 +146,17 @@ impl Default for ThreadOptions {
 }
 
 impl ThreadOptions {
-    /// Checks that `snapshot` has the working set that was selected.
-    pub(crate) fn check_working_set(&self, snapshot: &Snapshot) -> Result<(), ReadError> {
-        let selected = self.working_set.as_deref();
-        selected.map_or(Ok(()), |name| snapshot.check_working_set(name))
+    /// Checks that `snapshot` has the working set that was selected, and prepares its files for
+    /// the reads that will come.
+    pub(crate) fn prepare(&self, snapshot: &Snapshot) -> Result<(), ReadError> {
+        if let Some(name) = &self.working_set {
+            snapshot.check_working_set(name)?;
+        }
+        // The working set is read with large reads, and what comes on demand is elsewhere.
+        if matches!(self.prefetch, Prefetch::WorkingSet | Prefetch::Pages(_)) {
+            snapshot.expect_random_reads();
+        }
+        Ok(())
     }
 
     /// Returns the resources that the session shares, which may be its own.

@@ -89,7 +89,9 @@ impl Snapshot {
         let mut decoded = [0; MAX_INDEX_BLOCK_BYTES];
         let stored = &mut stored[..usize::from(index.stored_len)];
         let decoded = &mut decoded[..usize::from(index.decoded_len)];
-        layer.read(Part::IndexBlock, stored, index.offset, reason)?;
+        if !self.read_ahead_block(&index, stored) {
+            layer.read(Part::IndexBlock, stored, index.offset, reason)?;
+        }
         let computed = crc32fast::hash(stored);
         if computed != index.crc {
             return Err(damaged(Defect::Checksum {

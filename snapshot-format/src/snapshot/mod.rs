@@ -8,6 +8,7 @@
 mod ancestors;
 mod blocks;
 mod decoder;
+mod index_ahead;
 mod layer;
 mod opening;
 mod tables;
@@ -25,6 +26,7 @@ use self::ancestors::Chain;
 pub(crate) use self::ancestors::name_property;
 pub use self::ancestors::{AllowMissing, Ancestor, Ancestors, LayerFolders};
 pub use self::decoder::{FrameDecoder, MAX_READ_AHEAD};
+use self::index_ahead::IndexAhead;
 pub use self::layer::Layer;
 use self::opening::Tables;
 use crate::error::{OpenError, Part, ReadError};
@@ -98,6 +100,7 @@ pub struct Snapshot {
     /// Decompressors for index blocks: as many as there were simultaneous look-ups.
     contexts: Mutex<Vec<zstd_safe::DCtx<'static>>>,
     blocks: Cache<u64, Arc<IndexBlock>, ByMemory>,
+    index_ahead: IndexAhead,
 }
 
 #[derive(Clone)]
@@ -171,6 +174,7 @@ impl Snapshot {
                 DefaultHashBuilder::default(),
                 DefaultLifecycle::default(),
             ),
+            index_ahead: IndexAhead::default(),
         })
     }
 
@@ -220,6 +224,13 @@ impl Snapshot {
     /// [`crate::FrameRef::layer`].
     pub fn layer(&self, layer: u16) -> Option<&Arc<Layer>> {
         self.chain.layers.get(usize::from(layer))
+    }
+
+    /// Tells the stores of all files that [reads follow no order](Store::expect_random_reads).
+    pub fn expect_random_reads(&self) {
+        for layer in &self.chain.layers {
+            layer.store().expect_random_reads();
+        }
     }
 
     /// Returns all files of the snapshot, its own first.
