@@ -72,8 +72,8 @@ impl RunFiles {
         self.failed.try_recv().ok()
     }
 
-    /// Waits until all records are written, at most for `timeout`. Returns the failures, and whether
-    /// everything was written in time.
+    /// Waits until all records are written, at most for `timeout`. Returns the failures, and
+    /// whether everything was written in time.
     pub(super) fn finish(self, timeout: Duration) -> (Vec<RunFileFailure>, bool) {
         drop(self.waiting);
         let mut failures = Vec::new();

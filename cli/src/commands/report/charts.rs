@@ -23,7 +23,7 @@ pub(super) struct Chart<'a> {
     /// The end of the names of its elements.
     pub(super) id: &'a str,
     pub(super) title: &'a str,
-    /// What it shows, in words.
+    /// A description in words.
     pub(super) description: &'a str,
     /// Labels below the axis: at its start and at its end.
     pub(super) ends: (String, String),

@@ -288,7 +288,8 @@ mod tests {
             (ms(100), 4),
         ];
         assert_eq!(facts.curve, curve);
-        let middle = PLOT_ROWS / 2;
+        // It is page 100 of 201.
+        let middle = 100 * PLOT_ROWS / 201;
         let plot = [
             ((0, 0), 1),
             ((9, PLOT_ROWS - 1), 1),

@@ -49,16 +49,19 @@ pub(super) fn foreign(text: &str) -> impl Display + use<> {
     Escaped(names::shortened(shown, MAX_TEXT_BYTES))
 }
 
-/// Returns text that comes from a file as a label, with at most `characters` characters at its
-/// end. It must still be escaped as [`text`].
-pub(super) fn shorten(name: &str, characters: usize) -> String {
+/// Returns text that comes from a file as a label of at most `characters` characters; of a path it
+/// has the name of the file. It must still be escaped as [`text`].
+pub(super) fn label(name: &str, characters: usize) -> String {
     let name = names::shown(name);
-    if name.chars().count() <= characters {
-        return name.into_owned();
+    let file = name.rsplit('/').next().filter(|file| !file.is_empty());
+    let name = file.unwrap_or(&name);
+    match name.char_indices().nth(characters) {
+        None => name.to_owned(),
+        Some(_) => {
+            let begin: String = name.chars().take(characters - 1).collect();
+            format!("{begin}\u{2026}")
+        }
     }
-    let end: Vec<char> = name.chars().rev().take(characters - 1).collect();
-    let end: String = end.into_iter().rev().collect();
-    format!("\u{2026}{end}")
 }
 
 /// Returns a JSON value as the content of a `script` element, in which `<` could end the element.
@@ -178,8 +181,13 @@ mod tests {
     }
 
     #[test]
-    fn long_label_keeps_its_end() {
-        assert_eq!(shorten("/usr/lib/libc.so.6", 10), "\u{2026}libc.so.6");
-        assert_eq!(shorten("short", 10), "short");
+    fn label_is_the_beginning_of_a_file_name() {
+        let path = "/usr/lib/libcrypto.so.3";
+        assert_eq!(label(path, 14), "libcrypto.so.3");
+        assert_eq!(label(path, 10), "libcrypto\u{2026}");
+        assert_eq!(
+            (&label("[heap]", 10)[..], &label("/", 10)[..]),
+            ("[heap]", "/")
+        );
     }
 }

@@ -9,7 +9,7 @@ use indicatif::{BinaryBytes, HumanCount};
 use snapshot_format::layout::PAGE_SIZE_U64;
 
 use super::facts::ReportFacts;
-use super::html::{Column, folded_table, foreign, shorten, text};
+use super::html::{Column, folded_table, foreign, label, text};
 use crate::map::{Cell, Counts, Group};
 use crate::output::percent;
 
@@ -222,9 +222,8 @@ fn write_group(
         "<figure class=\"group{class}\" style=\"--columns:{columns}\"><figcaption>"
     )?;
     let name = facts.group_name(group);
-    // The end of a path tells more than its beginning.
-    let label = shorten(&name, if class.is_empty() { 22 } else { 100 });
-    write!(out, "<b title=\"{}\">{}</b> ", foreign(&name), text(label))?;
+    let short = label(&name, if class.is_empty() { 22 } else { 100 });
+    write!(out, "<b title=\"{}\">{}</b> ", foreign(&name), text(short))?;
     if let Some(region) = facts.single_region(group) {
         let end = region.start.saturating_add(region.bytes);
         write!(out, "<code>{:#x}", region.start)?;

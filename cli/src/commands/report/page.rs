@@ -11,7 +11,7 @@ use snapshot_format::layout::PAGE_SIZE_U64;
 
 use super::charts::{Chart, Series, bytes, number};
 use super::facts::{PLOT_ROWS, ReportFacts, RunFacts, TraceFacts, region_name};
-use super::html::{self, Column, figure, foreign, shorten, table, text};
+use super::html::{self, Column, figure, foreign, label, table, text};
 use super::map;
 use crate::map::{Counts, RATIO_LIMITS};
 use crate::output::{count, percent, ratio};
@@ -20,6 +20,9 @@ use crate::output::{count, percent, ratio};
 const LISTED_REGIONS: usize = 100;
 /// Maximum number of bars of a timeline.
 const TIMELINE_BARS: usize = 128;
+
+/// CSS classes of the sources of content, in the order of [`FaultSources::LABELS`].
+const SOURCE_CLASSES: [&str; 5] = ["c1", "c2", "c3", "c4", "c5"];
 
 /// Figures of the snapshot: keys of `info --json`, with their labels and kinds.
 const FIGURES: [(&str, &str, Unit); 15] = [
@@ -80,12 +83,12 @@ fn write_page(out: &mut String, facts: &ReportFacts) -> fmt::Result {
     write!(
         out,
         "</main><footer><p>Written by snaprestore {}. This page loads nothing from the network, \
-         and holds no content of memory.</p></footer>\n",
+         and holds no content of memory.</p></footer>",
         env!("CARGO_PKG_VERSION")
     )?;
     write!(
         out,
-        "<script type=\"application/json\" id=\"snapshot-data\">{}</script>\n\
+        "\n<script type=\"application/json\" id=\"snapshot-data\">{}</script>\n\
          <script type=\"application/json\" id=\"cells-data\">{}</script>\n\
          <script>\n{}</script>\n</body></html>\n",
         html::json(&snapshot_data(facts)),
@@ -164,13 +167,14 @@ fn write_compression(out: &mut String, facts: &ReportFacts) -> fmt::Result {
     write!(
         out,
         "<p>{} are zero or repeat one word, and take no frame. {} repeat the content of others. The \
-         {} distinct pages take {} in {}, {} times less than in memory. {} of these frames {} \
-         stored uncompressed, because compression did not help.</p>",
+         {} distinct pages are in {}, which take {} and decode to {}: {} times more. {} of these \
+         frames {} stored uncompressed, because compression did not help.</p>",
         text(count(total.zero + total.fill, "page")),
         text(HumanCount(total.in_frames() - total.distinct)),
         text(HumanCount(total.distinct)),
-        text(BinaryBytes(ratios.stored_bytes)),
         text(count(ratios.frames, "frame")),
+        text(BinaryBytes(ratios.stored_bytes)),
+        text(BinaryBytes(ratios.decoded_bytes)),
         text(ratio(ratios.decoded_bytes, ratios.stored_bytes)),
         text(HumanCount(ratios.raw)),
         if ratios.raw == 1 { "is" } else { "are" },
@@ -264,12 +268,12 @@ fn write_largest(out: &mut String, facts: &ReportFacts, largest: &[usize]) -> fm
     }
     let mut ends = (String::new(), String::new());
     if let Some(first) = labels.first() {
-        ends.0 = shorten(first, 24);
+        ends.0 = label(first, 24);
     }
     if let Some(last) = labels.last().filter(|_| labels.len() > 1) {
-        ends.1 = shorten(last, 24);
+        ends.1 = label(last, 24);
     }
-    let labels: Vec<String> = labels.iter().map(|label| shorten(label, 80)).collect();
+    let labels: Vec<String> = labels.iter().map(|name| label(name, 80)).collect();
     let series = Series {
         class: "c1",
         name: "bytes in frames",
@@ -489,8 +493,7 @@ fn write_latencies(out: &mut String, run: &RunFacts) -> fmt::Result {
     let labels: Vec<String> = (first..=last)
         .map(|class| format!("{} to {}", nanos(class), nanos(class + 1)))
         .collect();
-    const CLASSES: [&str; 5] = ["c1", "c2", "c3", "c4", "c5"];
-    let parts = classes.iter().zip(FaultSources::LABELS).zip(CLASSES);
+    let parts = classes.iter().zip(FaultSources::LABELS).zip(SOURCE_CLASSES);
     let series: Vec<_> = parts
         .filter(|((counts, _), _)| !counts.is_empty())
         .map(|((counts, (name, _)), class)| Series {
@@ -654,7 +657,7 @@ fn cells_data(facts: &ReportFacts) -> Value {
             .single_region(group)
             .map(|region| region.start.to_string());
         json!({
-            "name": shorten(&facts.group_name(group), 80),
+            "name": label(&facts.group_name(group), 80),
             // A number of JavaScript is exact up to 2^53 only.
             "start": start,
             "cells": cells.collect::<Vec<_>>(),
