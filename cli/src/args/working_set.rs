@@ -107,7 +107,7 @@ pub(crate) struct Trace {
     pub(crate) op: TraceOp,
 }
 
-/// What to do with traces.
+/// The operations on traces.
 #[derive(Debug, Subcommand)]
 pub(crate) enum TraceOp {
     Show(TraceShow),

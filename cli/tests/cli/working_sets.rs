@@ -129,11 +129,9 @@ fn optimized_snapshot_has_the_touched_pages_first() {
     // A frame has pages that were touched one after another.
     let first = hot[0];
     assert_eq!(first, 4096);
-    let spread = hot.windows(2).filter(|pair| pair[0] != pair[1]).count() as u64;
-    assert!(
-        spread <= 3 * number(set, "frames"),
-        "{spread} changes of the frame"
-    );
+    // Some pages share a slot with one that was touched before.
+    let changes = hot.windows(2).filter(|pair| pair[0] != pair[1]).count();
+    assert!(4 * changes < hot.len(), "{changes} changes of the frame");
     let grown = number(&new, "file_bytes") * 100 / number(&old, "file_bytes");
     assert!(grown <= 105, "{grown} % of the old file");
 }
@@ -211,7 +209,8 @@ fn several_traces_are_merged() {
             .all(|kept| kept == 2)
     );
     let merged = Trace::read_path(folder.file("all")).unwrap();
-    assert_eq!(merged.pages(), [6, 5]);
+    // The same median rank: the lower number comes first.
+    assert_eq!(merged.pages(), [5, 6]);
     run(&folder, &merge).exits(1).says(&["all exists already"]);
     let usage = run(
         &folder,
