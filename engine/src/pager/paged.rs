@@ -13,7 +13,7 @@ use snapshot_format::{ReadError, Snapshot};
 
 use super::handover::{self, Handover, HandoverError, OwnerRegion};
 use super::owner::{OnError, Owner, OwnerGuard};
-use crate::runtime::{Prefetch, Runtime, Shared, ThreadError, ThreadOptions, Threads};
+use crate::runtime::{PausedBy, Prefetch, Runtime, Shared, ThreadError, ThreadOptions, Threads};
 use crate::session::{Extent, Failure, FrameId, Kernel, Session, SnapshotImage, State};
 use crate::stats::Stats;
 use crate::{RecordError, Recording, RecordingOptions};
@@ -407,6 +407,23 @@ impl Paged {
         if self.ending().is_none() {
             self.owner.kill(why);
         }
+    }
+
+    /// Pauses prefetch, like [`Restored::pause_prefetch`](crate::restore::Restored::pause_prefetch).
+    /// [`Paged::complete`] installs all pages nevertheless.
+    pub fn pause_prefetch(&self) {
+        self.runtime.pause_prefetch(PausedBy::Caller);
+    }
+
+    /// Continues prefetch after [`Paged::pause_prefetch`]. No effect if it was not paused.
+    pub fn resume_prefetch(&self) {
+        self.runtime.resume_prefetch(PausedBy::Caller);
+    }
+
+    /// Limits prefetch to this many bytes of memory per second from now on, on average, in place of
+    /// [`Pager::prefetch_bandwidth`]. `None` removes the limit.
+    pub fn set_prefetch_bandwidth(&self, bytes_per_second: Option<u64>) {
+        self.runtime.set_prefetch_bandwidth(bytes_per_second);
     }
 
     /// Records first touches from now on. Fails if a recording is running.

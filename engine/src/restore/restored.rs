@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use snapshot_format::layout::PAGE_SIZE_U64;
 
-use crate::runtime::{OnComplete, Runtime, Threads};
+use crate::runtime::{OnComplete, PausedBy, Runtime, Threads};
 use crate::session::{Failure, Kernel, NoPoison, PAGE, Platform as _, Session, SnapshotImage};
 use crate::stats::Stats;
 use crate::{RecordError, Recording, RecordingOptions};
@@ -264,6 +264,29 @@ impl Restored {
             return self.is_complete();
         }
         self.runtime.wait_complete()
+    }
+
+    /// Pauses prefetch until [`resume_prefetch`](Self::resume_prefetch). Touches load their pages as
+    /// before. Each thread that prefetches finishes the frame that it is loading, perhaps after this
+    /// has returned.
+    ///
+    /// [`wait_complete`](Self::wait_complete) keeps waiting while prefetch is paused. A stop by
+    /// [`StopMode::Complete`] installs all pages nevertheless.
+    pub fn pause_prefetch(&self) {
+        self.runtime.pause_prefetch(PausedBy::Caller);
+    }
+
+    /// Continues prefetch after [`pause_prefetch`](Self::pause_prefetch). No effect if it was not
+    /// paused.
+    pub fn resume_prefetch(&self) {
+        self.runtime.resume_prefetch(PausedBy::Caller);
+    }
+
+    /// Limits prefetch to this many bytes of memory per second from now on, on average, in place of
+    /// [`Restore::prefetch_bandwidth`](super::Restore::prefetch_bandwidth). `None` removes the
+    /// limit.
+    pub fn set_prefetch_bandwidth(&self, bytes_per_second: Option<u64>) {
+        self.runtime.set_prefetch_bandwidth(bytes_per_second);
     }
 
     /// Records first touches from now on. Fails if a recording is running.

@@ -13,6 +13,7 @@ mod recording;
 mod session_prefetch;
 mod shared;
 mod threads;
+mod throttle;
 
 use std::io;
 use std::ops::Range;
@@ -22,7 +23,7 @@ use std::time::{Duration, Instant};
 
 use snapshot_format::trace::TraceEnd;
 
-use crate::session::{Kernel, Session, SnapshotImage};
+use crate::session::{Kernel, PAGE, Session, SnapshotImage};
 use crate::stats::{Durations, Stats};
 use snaprestore_uffd::os::trim_heap;
 
@@ -32,6 +33,8 @@ use session_prefetch::{Feed, Plan};
 pub use shared::Shared;
 pub use threads::SYSTEM_CALLS;
 pub(crate) use threads::{Body, ThreadError, ThreadOptions, Threads};
+pub(crate) use throttle::PausedBy;
+use throttle::Throttle;
 
 /// Pages that are loaded before they are touched.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,6 +72,8 @@ pub(crate) struct Runtime {
     /// The prefetch of this session, if there is one.
     feed: OnceLock<Arc<Feed>>,
     prefetch_threads: usize,
+    /// The throttle of that prefetch.
+    throttle: Throttle,
     /// The session's use of the pool, until nobody serves faults any more.
     user: Mutex<Option<contexts::PoolUser>>,
     fault_threads: AtomicUsize,
@@ -130,6 +135,7 @@ impl Runtime {
             pool,
             feed: OnceLock::new(),
             prefetch_threads: options.prefetch_threads,
+            throttle: Throttle::new(options.prefetch_bandwidth),
             fault_threads: AtomicUsize::new(options.fault_threads),
             pid: std::process::id(),
             complete_nanos: AtomicU64::new(0),
@@ -173,6 +179,37 @@ impl Runtime {
         // Set once, before the feed is added: the session may already be over when `add` returns.
         let _ = self.feed.set(Arc::clone(&feed));
         self.pool.add(&feed)
+    }
+
+    /// Pauses prefetch on behalf of `by`. Each thread that prefetches finishes its current frame.
+    pub(crate) fn pause_prefetch(&self, by: PausedBy) {
+        self.change_throttle(|throttle, loaded| throttle.set_paused(by, true, loaded));
+    }
+
+    /// Continues prefetch, unless another party pauses it.
+    pub(crate) fn resume_prefetch(&self, by: PausedBy) {
+        self.change_throttle(|throttle, loaded| throttle.set_paused(by, false, loaded));
+    }
+
+    /// Limits prefetch to this many bytes of memory per second from now on.
+    pub(crate) fn set_prefetch_bandwidth(&self, bandwidth: Option<u64>) {
+        self.change_throttle(|throttle, loaded| throttle.set_bandwidth(bandwidth, loaded));
+    }
+
+    fn change_throttle(&self, change: impl FnOnce(&Throttle, u64)) {
+        // In a forked child, a lock may be held by a thread that does not exist there.
+        if self.is_of_parent() {
+            return;
+        }
+        change(&self.throttle, self.prefetched_bytes());
+        if let Some(feed) = self.feed.get() {
+            self.pool.recheck(feed);
+        }
+    }
+
+    /// Returns the number of bytes of memory that were prefetched so far.
+    fn prefetched_bytes(&self) -> u64 {
+        self.session.stats.prefetch.load().total() * PAGE
     }
 
     /// Returns whether this is the copy in a forked child. Threads, memory and userfaultfd belong
@@ -270,7 +307,6 @@ impl Runtime {
                 threads: self.prefetch_threads,
                 // These threads need no entry in the session's tables.
                 first_number: UNNUMBERED,
-                bandwidth: None,
             },
         );
         self.pool.finish(&feed);

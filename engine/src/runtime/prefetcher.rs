@@ -109,7 +109,7 @@ impl Ring {
                     earliest = Some(earliest.map_or(due, |earliest| earliest.min(due)));
                 }
                 Availability::Now | Availability::Until(_) => return NextTask::Now(at),
-                Availability::Drained | Availability::Over => {}
+                Availability::Drained | Availability::Paused | Availability::Over => {}
             }
         }
         earliest.map_or(NextTask::Unknown, NextTask::Until)
@@ -238,6 +238,19 @@ impl Pool {
         self.join_retired(ring);
     }
 
+    /// Makes a feed check again whether it has a task, because its throttle has changed.
+    pub(super) fn recheck(self: &Arc<Self>, feed: &Arc<Feed>) {
+        let mut ring = self.ring();
+        let Some(entry) = ring.entry(feed) else {
+            return;
+        };
+        if entry.availability != Availability::Over {
+            entry.availability = Availability::Now;
+            self.spawn_job(&mut ring);
+            self.changed.notify_all();
+        }
+    }
+
     fn push(self: &Arc<Self>, ring: &mut Ring, feed: &Arc<Feed>) {
         let rayon = ring.threads.as_ref().map(|threads| &threads.rayon);
         let all = rayon.map_or(MAX_FEED_THREADS, ThreadPool::current_num_threads);
@@ -318,9 +331,14 @@ impl Pool {
 
     fn work(&self, assignment: Assignment) {
         let Assignment { feed, slot } = assignment;
-        let availability = feed.run_task(self, slot);
+        let changes = feed.throttle_changes();
+        let mut availability = feed.run_task(self, slot);
         self.fetching.fetch_sub(1, Relaxed);
         let mut ring = self.ring();
+        // Otherwise `recheck` comes later.
+        if feed.throttle_changes() != changes && availability != Availability::Over {
+            availability = Availability::Now;
+        }
         let bit = 1 << slot;
         let Some(entry) = ring.entry(&feed) else {
             return;

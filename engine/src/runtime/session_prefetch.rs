@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use snapshot_format::layout::PAGES_PER_BLOCK_U64;
 
-use crate::session::{Kernel, LendContext as _, PAGE, Prefetched, Retries, Session, SnapshotImage};
+use crate::session::{Kernel, LendContext as _, Prefetched, Retries, Session, SnapshotImage};
 
 use super::contexts;
 use super::prefetcher::{MAX_FEED_THREADS, Pool};
@@ -39,14 +39,13 @@ const MAX_NOTED_BLOCKS: u64 = 64;
 /// The prefetch requested for a session.
 pub(super) struct Plan {
     pub(super) prefetch: Prefetch,
-    /// Whether the session is to be completed: poisoned pages are healed before anything else.
+    /// Whether the session is to be completed: poisoned pages are healed before anything else, and
+    /// the throttle of the prefetch is ignored.
     pub(super) completes: bool,
     /// Maximum number of pool threads at once.
     pub(super) threads: usize,
     /// The number of the first of these threads among the session's threads.
     pub(super) first_number: usize,
-    /// Bandwidth limit in bytes per second.
-    pub(super) bandwidth: Option<u64>,
 }
 
 /// The prefetch of one session.
@@ -55,7 +54,6 @@ pub(super) struct Feed {
     /// The tracing span of the creating thread, in which messages are logged.
     span: tracing::Span,
     plan: Plan,
-    begun: Instant,
     progress: Mutex<Progress>,
 }
 
@@ -69,7 +67,7 @@ struct Progress {
     ranges: Vec<Range<u64>>,
     range: usize,
     next: u64,
-    /// Remaining parts of blocks in which a page could not be read.
+    /// Remaining parts of blocks in which a page could not be read, or the throttle stopped a task.
     rests: Vec<Range<u64>>,
     /// Tasks that left only pages that can't be restored, which were reported.
     failed: HashSet<Range<u64>>,
@@ -106,6 +104,8 @@ pub(super) enum Availability {
     Until(Instant),
     /// When all tasks handed out so far are done.
     Drained,
+    /// When the throttle changes.
+    Paused,
     /// Never.
     Over,
 }
@@ -123,7 +123,6 @@ impl Feed {
             runtime: Arc::downgrade(runtime),
             span: tracing::Span::current(),
             plan,
-            begun: Instant::now(),
             progress: Mutex::default(),
         })
     }
@@ -150,11 +149,17 @@ impl Feed {
             .threads
             .place(std::thread::current().name().unwrap_or("prefetch"));
         place.begin();
-        let task = match self.progress().next_task(&self.plan, self.begun, session) {
+        let throttled = || self.throttled(&runtime);
+        let next = self.progress().next_task(&self.plan, throttled, session);
+        let task = match next {
             Ok(task) => task,
             Err(availability) => return availability,
         };
         let yield_to_demand = || pool.yield_to_demand(|| session.is_ending());
+        let may_continue = || {
+            yield_to_demand();
+            throttled().is_none()
+        };
         let contexts = contexts::SessionContexts {
             contexts: pool.contexts(),
             image: &session.image,
@@ -182,13 +187,35 @@ impl Feed {
             Task::Fetch { pages, last } => {
                 let left = contexts.with(|context| {
                     context.number = number;
-                    session.prefetch(context, pages.clone(), last, yield_to_demand)
+                    session.prefetch(context, pages.clone(), last, may_continue)
                 });
                 self.progress()
                     .fetched(&pages, left, session.retry_timeout, last);
             }
         }
         Availability::Now
+    }
+
+    /// Returns when the throttle lets this feed continue: `None` means now.
+    fn throttled(&self, runtime: &Runtime) -> Option<Availability> {
+        if self.plan.completes {
+            return None;
+        }
+        // Ends a recording that is due, which lets prefetch continue.
+        let recording = runtime.session.check_recording();
+        let availability = runtime.throttle.availability(|| runtime.prefetched_bytes());
+        match (availability, recording) {
+            // No thread may call again before the recording is due.
+            (Some(Availability::Paused), Some(due)) => Some(Availability::Until(due)),
+            (availability, _) => availability,
+        }
+    }
+
+    /// Returns the number of changes of the throttle so far. If it has changed, so may have what
+    /// [`Feed::run_task`] returned.
+    pub(super) fn throttle_changes(&self) -> u64 {
+        let runtime = self.runtime.upgrade();
+        runtime.map_or(0, |runtime| runtime.throttle.changes())
     }
 
     /// Notifies the waiters that the feed is finished.
@@ -236,7 +263,7 @@ impl Progress {
     fn next_task(
         &mut self,
         plan: &Plan,
-        begun: Instant,
+        throttled: impl FnOnce() -> Option<Availability>,
         session: &Session<Kernel, SnapshotImage>,
     ) -> Result<Task, Availability> {
         if session.is_ending() {
@@ -245,11 +272,10 @@ impl Progress {
         if self.over.is_some() {
             return Err(Availability::Over);
         }
-        let paced = plan.bandwidth.map(|bandwidth| {
-            let loaded = session.stats.prefetch.load().total() * PAGE;
-            begun + Duration::from_nanos(nanos(loaded, bandwidth))
-        });
-        if let Some(until) = self.pause_until.max(paced)
+        if let Some(availability) = throttled() {
+            return Err(availability);
+        }
+        if let Some(until) = self.pause_until
             && until > Instant::now()
         {
             return Err(Availability::Until(until));
@@ -385,10 +411,13 @@ impl Progress {
         if left.loaded > 0 {
             self.retries = Retries::default();
         }
+        let rest = left.rest.map(|rest| rest..pages.end);
         if left.unread + left.no_memory > 0 && !was_last {
             self.retry(timeout);
-            let rest = left.rest.map(|rest| rest..pages.end);
             self.rests.extend(rest.filter(|_| !self.timed_out));
+        } else if rest.is_some() {
+            // The throttle stopped it.
+            self.rests.extend(rest);
         } else if left.no_memory > 0 {
             // There is none for the other tasks either.
             self.over = Some(false);
@@ -437,10 +466,4 @@ fn working_sets(session: &Session<Kernel, SnapshotImage>) -> Vec<Range<u64>> {
         }
     };
     sets.iter().flat_map(|set| runs(&set.name)).collect()
-}
-
-/// Returns how many nanoseconds `bytes` take at `per_second` bytes per second.
-fn nanos(bytes: u64, per_second: u64) -> u64 {
-    let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(per_second);
-    u64::try_from(nanos).unwrap_or(u64::MAX)
 }

@@ -232,7 +232,6 @@ impl ThreadOptions {
             completes: false,
             threads: self.prefetch_threads,
             first_number: self.fault_threads,
-            bandwidth: self.prefetch_bandwidth,
         })
     }
 }

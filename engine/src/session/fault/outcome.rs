@@ -112,7 +112,8 @@ pub(crate) struct Prefetched {
     pub(crate) no_memory: u64,
     /// Pages left absent because the first of them could not be read, although it may be later.
     pub(crate) unread: u64,
-    /// After `unread`: the first of the untried pages that may be in another frame.
+    /// After `unread`: the first of the untried pages that may be in another frame. Otherwise the
+    /// first page that is left because the call was told not to continue.
     pub(crate) rest: Option<PageNumber>,
     /// Pages left absent because they can't be restored, which was reported.
     pub(crate) failed: u64,

@@ -12,9 +12,9 @@ use crate::session::platform::{Content, Image, PageNumber, Platform};
 use crate::session::state::address_map::block_of;
 
 impl<P: Platform, I: Image> Session<P, I> {
-    /// Loads the absent pages of `pages`, which must lie in one index block. `pause` is called
-    /// before each frame or fill, with no claim held, and returns when prefetch may compete with
-    /// demand again.
+    /// Loads the absent pages of `pages`, which must lie in one index block. `may_continue` is
+    /// called before each frame or fill, with no claim held. When prefetch may compete with demand
+    /// again, it returns whether to continue; if not, the rest is left untried.
     ///
     /// Stops at the first page that can't be read now or for which there is no memory. Such a page
     /// is reported only if this is the `last` attempt. Returns `None` if the session ends.
@@ -23,7 +23,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         context: &mut ThreadContext<I>,
         pages: Range<PageNumber>,
         last: bool,
-        mut pause: impl FnMut(),
+        mut may_continue: impl FnMut() -> bool,
     ) -> Option<Prefetched> {
         // The thread may work for several sessions.
         let _of = self.span.enter();
@@ -41,7 +41,10 @@ impl<P: Platform, I: Image> Session<P, I> {
                 next = known;
                 continue;
             }
-            pause();
+            if !may_continue() {
+                done.rest = Some(page);
+                break;
+            }
             let large = self.is_large(page);
             next = if large { block_of(page).end } else { page + 1 };
             match self.load(context, page, large, Reason::Prefetch, false) {

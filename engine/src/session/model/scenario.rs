@@ -262,7 +262,7 @@ impl Scenario {
                     session.zero_for_reader(at(place));
                 } else {
                     let context = &mut own.context.borrow_mut();
-                    let _ = session.prefetch(context, prefetched, false, || ());
+                    let _ = session.prefetch(context, prefetched, false, || true);
                 }
                 session.platform.leave();
             }));
