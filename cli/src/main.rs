@@ -51,6 +51,7 @@ mod progress;
 mod signals;
 mod source;
 mod target;
+mod trace_file;
 
 use std::process::ExitCode;
 

@@ -88,6 +88,10 @@ pub struct Service {
     /// The group of the socket, by name or number.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub socket_group: Option<String>,
+    /// The absolute path of a folder in which the first touches of each VM are recorded, in a trace
+    /// file of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub record: Option<PathBuf>,
 }
 
 /// Pages that are fetched before they are touched.
@@ -200,6 +204,7 @@ impl Service {
             retry_timeout: default_retry_timeout(),
             socket_mode: None,
             socket_group: None,
+            record: None,
         }
     }
 
@@ -247,6 +252,9 @@ impl Service {
     fn check_settings(&self) -> Result<(), SettingError> {
         absolute("snapshot", &self.snapshot)?;
         check_socket("socket", &self.socket)?;
+        if let Some(folder) = &self.record {
+            absolute("record", folder)?;
+        }
         let seconds = " s";
         for (setting, value, range, unit) in [
             ("threads", self.threads as u64, THREADS, ""),
@@ -406,6 +414,7 @@ impl Config {
         for service in &mut config.services {
             resolve(&mut service.snapshot);
             resolve(&mut service.socket);
+            service.record.iter_mut().for_each(resolve);
         }
         config.check()?;
         Ok(config)

@@ -5,6 +5,7 @@
 //!                ├── Services    snapshots, the sockets to which VMs connect, admission
 //!                ├── Workers     the worker, its queue of messages, its successors
 //!                ├── Endpoints   the sockets for operators and for readers of metrics
+//!                ├── Recordings  traces that are being recorded or written
 //!                ├── FdStore     copies of the descriptors in another process
 //!                └── Journal     log lines and summaries
 //! ```
@@ -20,6 +21,7 @@ mod event_loop;
 mod handshake;
 mod journal;
 mod listener;
+mod recordings;
 mod recovery;
 mod services;
 mod snapshot_files;
@@ -41,6 +43,7 @@ use nix::errno::Errno;
 use self::endpoints::Endpoints;
 use self::journal::Journal;
 pub use self::listener::ListenError;
+use self::recordings::Recordings;
 pub use self::services::AddServiceError;
 use self::services::Services;
 use self::vms::Vms;
@@ -161,6 +164,7 @@ pub struct Supervisor {
     workers: Workers,
     endpoints: Endpoints,
     fd_store: FdStore,
+    recordings: Recordings,
     journal: Journal,
 }
 
@@ -220,6 +224,7 @@ impl Supervisor {
             services: Services::new(),
             endpoints: Endpoints::default(),
             fd_store,
+            recordings: Recordings::default(),
             journal: Journal::new(console),
         };
         if let Some(warning) = supervisor.fd_store.warning() {
@@ -252,7 +257,7 @@ impl Supervisor {
     pub fn add(&mut self, service: Service) -> Result<(), AddServiceError> {
         self.services.check_addable(&service)?;
         let (folders, timeout) = (&self.options.layers, self.options.stuck_after);
-        let files = services::open(&service.snapshot, folders, timeout)?;
+        let files = services::open(&service, folders, timeout)?;
         self.add_opened(service, files)
     }
 
@@ -283,6 +288,7 @@ impl Supervisor {
         }
         self.wait_for_exits()?;
         self.shut_down_worker();
+        self.finish_traces();
         if !self.fd_store.flush(policy::FLUSH_TIMEOUT) {
             self.journal.error(format_args!(
                 "{} is not reading and still counts released VMs as served: kill it (SIGKILL), or it kills those VMs \

@@ -62,6 +62,14 @@ pub enum AddServiceError {
         /// The time limit.
         timeout: Duration,
     },
+    /// The folder for recordings can't be used.
+    #[error("cannot record to {folder}: create the folder, or correct `record`")]
+    RecordFolder {
+        /// The path of the folder, escaped.
+        folder: String,
+        /// The error of the system call.
+        source: io::Error,
+    },
     /// The socket can't be created.
     #[error(transparent)]
     Listen(#[from] ListenError),
@@ -207,7 +215,7 @@ impl Services {
         self.check_addable(&service)?;
         self.opening.push(OpeningService {
             number,
-            opened: start_opening(&service.snapshot, folders)?,
+            opened: start_opening(&service, folders)?,
             service,
             since: Instant::now(),
         });
@@ -427,6 +435,12 @@ impl Services {
         self.records.keys().copied().collect()
     }
 
+    /// Returns the folder in which a service wants the recordings of its VMs.
+    pub(super) fn record_folder(&self, key: u64) -> Option<&Path> {
+        let record = self.records.get(&key)?;
+        record.snapshot.service.record.as_deref()
+    }
+
     /// Returns the number of ancestors of a service's snapshot.
     pub(super) fn ancestors(&self, key: u64) -> usize {
         let record = self.records.get(&key);
@@ -494,29 +508,47 @@ impl StoredSocket {
 /// Opens the files of a snapshot, and waits for their disks at most for `timeout`. Ancestors are
 /// looked for beside the snapshot and in `folders`.
 pub(super) fn open(
-    path: &Path,
+    service: &Service,
     folders: &[PathBuf],
     timeout: Duration,
 ) -> Result<SnapshotFiles, AddServiceError> {
-    let opened = start_opening(path, folders)?.recv_timeout(timeout);
-    opened.map_err(|_| timed_out(path, timeout))?
+    let opened = start_opening(service, folders)?.recv_timeout(timeout);
+    opened.map_err(|_| timed_out(&service.snapshot, timeout))?
 }
 
 /// Opens the files of a snapshot in a thread of its own, since a disk may not answer. A bad
 /// snapshot is refused here, and not for each VM.
 fn start_opening(
-    path: &Path,
+    service: &Service,
     folders: &[PathBuf],
 ) -> Result<Receiver<Result<SnapshotFiles, AddServiceError>>, AddServiceError> {
     let (sender, opened) = channel();
-    let (own, folders) = (path.to_owned(), folders.to_vec());
+    let (path, record) = (service.snapshot.clone(), service.record.clone());
+    let folders = folders.to_vec();
+    let open = move || {
+        if let Some(folder) = &record {
+            check_folder(folder).map_err(|source| AddServiceError::RecordFolder {
+                folder: escape_path(folder),
+                source,
+            })?;
+        }
+        SnapshotFiles::open(&path, folders)
+    };
     let thread = std::thread::Builder::new().name("open".into());
-    let started = thread.spawn(move || sender.send(SnapshotFiles::open(&own, folders)));
+    let started = thread.spawn(move || sender.send(open()));
     started.map_err(|source| AddServiceError::Open {
-        snapshot: escape_path(path),
+        snapshot: escape_path(&service.snapshot),
         source,
     })?;
     Ok(opened)
+}
+
+fn check_folder(path: &Path) -> io::Result<()> {
+    if std::fs::metadata(path)?.is_dir() {
+        Ok(())
+    } else {
+        Err(io::ErrorKind::NotADirectory.into())
+    }
 }
 
 fn timed_out(path: &Path, timeout: Duration) -> AddServiceError {
