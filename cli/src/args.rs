@@ -31,7 +31,7 @@ use crate::names;
 pub(crate) use snaprestore_daemon::api::config::Prefetch;
 
 pub(crate) use chain::{Flatten, Packing, Rebase, Tree};
-pub(crate) use ctl::{Ctl, CtlOp, CtlTop};
+pub(crate) use ctl::{Ctl, CtlOp, CtlRecord, CtlTop};
 pub(crate) use working_set::{Merging, Optimize, Trace, TraceCompare, TraceMerge, TraceOp};
 
 /// Saves the memory of microVMs and processes in small, verified files and restores it lazily.
@@ -491,8 +491,9 @@ pub(crate) struct Restore {
     pub(crate) check: Option<PathBuf>,
     /// Record the pages that are touched, in order of first touch, to this new file
     ///
-    /// A recording ends after 10 s, after 262,144 pages, when the rate of first touches has settled,
-    /// or with the command. Until then each touch installs one page, and prefetch waits.
+    /// A recording ends after 10 s, after a quarter of the pages (at most 262,144), when the rate of
+    /// first touches has settled, or with the command. Until then each touch installs one page, and
+    /// prefetch waits.
     #[arg(long, value_name = "TRACE", value_hint = ValueHint::FilePath)]
     pub(crate) record: Option<PathBuf>,
     /// Write the statistics of the restore to this file, for `snaprestore report --run`
@@ -532,6 +533,7 @@ correspond to the options, with the same defaults; only name, snapshot and socke
   retry_timeout = 5
   socket_mode = \"0660\"
   socket_group = \"kvm\"
+  record = \"/var/lib/snaprestore/traces\"
 
 Events are logged to standard error. SNAPRESTORE_LOG sets the level, for example `warn` or
 `info,snaprestore_engine=debug`.";
@@ -640,12 +642,23 @@ pub(crate) struct ServiceOptions {
     /// setgid]
     #[arg(long, value_name = "GROUP")]
     pub(crate) socket_group: Option<String>,
+    /// Record the first touches of each VM to a trace file of its own in this folder
+    ///
+    /// A recording ends after 10 s, after a quarter of the pages (at most 262,144), or when the rate
+    /// of first touches has settled. Until then each touch installs one page, and prefetch waits.
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) record: Option<PathBuf>,
 }
 
 impl ServiceOptions {
     /// Returns the service with these options.
-    pub(crate) fn service(&self, name: String, snapshot: PathBuf, socket: PathBuf) -> Service {
-        Service {
+    pub(crate) fn service(
+        &self,
+        name: String,
+        snapshot: PathBuf,
+        socket: PathBuf,
+    ) -> std::io::Result<Service> {
+        Ok(Service {
             name,
             snapshot,
             socket,
@@ -658,7 +671,8 @@ impl ServiceOptions {
             retry_timeout: self.retry_timeout,
             socket_mode: self.socket_mode,
             socket_group: self.socket_group.clone(),
-        }
+            record: self.record.as_ref().map(std::path::absolute).transpose()?,
+        })
     }
 }
 

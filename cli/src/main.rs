@@ -53,6 +53,7 @@ mod progress;
 mod signals;
 mod source;
 mod target;
+mod trace_file;
 
 use std::process::ExitCode;
 

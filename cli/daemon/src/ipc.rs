@@ -162,6 +162,19 @@ pub(crate) enum FromWorker {
         /// The number of the VM.
         id: u64,
     },
+    /// The touches of a VM are recorded from now on. The worker alone knows them.
+    RecordingBegan {
+        /// The number of the VM.
+        id: u64,
+    },
+    /// A recording is over. Comes with a memfd that holds its trace if the service wants the trace
+    /// in its folder; else an operator has it.
+    RecordingEnded {
+        /// The number of the VM.
+        id: u64,
+        /// The outcome.
+        result: Result<(), String>,
+    },
     /// A VM is no longer served.
     VmEnded {
         /// The number of the VM.

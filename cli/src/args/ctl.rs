@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args as ClapArgs, Subcommand, ValueHint};
 
 use super::ServiceOptions;
-use snaprestore_daemon::api::control;
+use snaprestore_daemon::api::control::{self, RecordAction};
 
 /// Control a running `serve`
 ///
@@ -31,6 +31,7 @@ pub(crate) enum CtlOp {
     List,
     Stats(CtlStats),
     Complete(CtlComplete),
+    Record(CtlRecord),
     /// Complete all VMs and stop the daemon
     ///
     /// The daemon accepts no more VMs, installs the missing pages of each, releases them, and
@@ -87,6 +88,24 @@ pub(crate) struct CtlComplete {
     /// All VMs
     #[arg(long)]
     pub(crate) all: bool,
+}
+
+/// Record the pages that a VM touches, in order of first touch
+///
+/// Touches of pages that are present when the recording starts are not seen; the trace has their
+/// number. The recording ends by itself like those of `serve --record`, and waits for `stop` then.
+/// A VM that ends before takes its recording with it.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct CtlRecord {
+    /// Number of the VM
+    pub(crate) vm: u64,
+    /// What to do
+    #[arg(value_enum)]
+    pub(crate) action: RecordAction,
+    /// Trace file to create, required by stop
+    #[arg(short, long, value_name = "TRACE", value_hint = ValueHint::FilePath,
+        required_if_eq("action", "stop"))]
+    pub(crate) output: Option<PathBuf>,
 }
 
 /// Show live rates of the VMs

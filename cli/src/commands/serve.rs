@@ -60,7 +60,9 @@ fn config(args: &args::Serve) -> Result<Config> {
     };
     if let (Some(snapshot), Some(socket)) = (&args.snapshot, &args.socket) {
         let (snapshot, socket) = (absolute(snapshot)?, absolute(socket)?);
-        let service = args.options.service("default".to_owned(), snapshot, socket);
+        let service = args
+            .options
+            .service("default".to_owned(), snapshot, socket)?;
         config.services.push(service);
     }
     if let Some(control) = &args.control {

@@ -7,7 +7,7 @@ use serde_json::Value;
 use snaprestore_fixtures::host::{Unavailable, skipped};
 use snaprestore_fixtures::images::Mix;
 
-use crate::common::{Folder, Run, as_nobody, number, run};
+use crate::common::{Folder, Run, as_nobody, command, number, run};
 use crate::elf_core::{Core, Load};
 
 /// Returns whether restoring can be tested on this machine; reports if not.
@@ -500,4 +500,71 @@ fn listed_pages_are_touched_in_their_order() {
     let other = ["restore", "s", "--touch", "file:"];
     let expected = "expected none, sequential, random or file:PATH";
     run(&folder, &other).exits(2).says(&[expected]);
+}
+
+#[test]
+fn touched_pages_are_recorded_to_a_new_file() {
+    let folder = Folder::new();
+    if !possible(&folder, "touched_pages_are_recorded_to_a_new_file") {
+        return;
+    }
+    packed(&folder, 3000);
+    folder.write("order", b"7\n2000\n8\n7\n");
+    let options = ["--touch", "file:order", "--record", "t", "--prefetch"];
+    let report = restore(&folder, &[&options[..], &["off"]].concat())
+        .exits(0)
+        .json();
+    let trace = &report["trace"];
+    assert_eq!(
+        (number(trace, "touches"), &trace["end"]),
+        (3, &"stopped".into()),
+        "{report}"
+    );
+    let text = std::fs::read(folder.file("t")).unwrap();
+    assert!(text.starts_with(b"SNPTRC01"));
+    // An existing file is found before anything is restored.
+    let again = restore(&folder, &[&options[..], &["off"]].concat());
+    again.exits(1).says(&["t exists already"]);
+    assert_eq!(std::fs::read(folder.file("t")).unwrap(), text);
+    // All pages are touched before prefetch gets its turn.
+    let args = ["restore", "s", "--touch", "random", "--record", "all"];
+    run(&folder, &args).exits(0);
+}
+
+#[test]
+fn interrupted_restore_writes_its_trace() {
+    let folder = Folder::new();
+    if !possible(&folder, "interrupted_restore_writes_its_trace") {
+        return;
+    }
+    packed(&folder, 3000);
+    // Nothing is touched, so that the recording, and prefetch after it, take long.
+    let args = ["restore", "s", "--touch", "none", "--record", "t"];
+    let mut restore = command(args)
+        .current_dir(folder.path())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let tasks = format!("/proc/{}/task", restore.id());
+    let names = || -> Vec<String> {
+        let tasks = std::fs::read_dir(&tasks).unwrap().map_while(Result::ok);
+        let name = |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("comm")).ok();
+        tasks.filter_map(name).collect()
+    };
+    while !names().iter().any(|name| name == "trace\n") {
+        assert!(restore.try_wait().unwrap().is_none());
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    assert!(!folder.file("t").exists());
+    let pid = nix::unistd::Pid::from_raw(restore.id().try_into().unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+    let ended = restore.wait().unwrap();
+    let signal = std::os::unix::process::ExitStatusExt::signal(&ended);
+    assert_eq!(signal, Some(libc::SIGTERM), "{ended:?}");
+    assert!(
+        std::fs::read(folder.file("t"))
+            .unwrap()
+            .starts_with(b"SNPTRC01")
+    );
 }

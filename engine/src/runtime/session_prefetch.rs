@@ -221,7 +221,14 @@ impl Feed {
         if self.plan.completes {
             return None;
         }
-        runtime.throttle.availability(|| runtime.prefetched_bytes())
+        // Ends a recording that is due, which lets prefetch continue.
+        let recording = runtime.session.check_recording();
+        let availability = runtime.throttle.availability(|| runtime.prefetched_bytes());
+        match (availability, recording) {
+            // No thread may call again before the recording is due.
+            (Some(Availability::Paused), Some(due)) => Some(Availability::Until(due)),
+            (availability, _) => availability,
+        }
     }
 
     /// Returns the number of changes of the throttle so far. If it has changed, so may have what

@@ -12,7 +12,7 @@ use super::session_prefetch::Availability;
 pub(crate) enum PausedBy {
     /// The user of the library.
     Caller = 1 << 0,
-    /// A recording that is running.
+    /// A recording of first touches.
     Recording = 1 << 1,
 }
 

@@ -40,19 +40,33 @@ const FAR_FUTURE: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 pub struct RecordingOptions {
     /// The maximum time. Default: 10 s.
     pub max_time: Duration,
-    /// The maximum number of pages. A recording takes 24 bytes of memory for each, and one bit for
-    /// each page of the snapshot. Default: 262,144, which is 1 GiB of touched memory.
-    pub max_pages: u64,
+    /// The maximum number of pages. A recording takes 32 bytes of memory for each, and one bit for
+    /// each page of the snapshot. Default: a quarter of the pages of the snapshot, and at most
+    /// [`RecordingOptions::MAX_PAGES`]. An owner that touches more has no working set.
+    pub max_pages: Option<u64>,
     /// The time after which a recording ends as soon as it has settled: when at most one twentieth
     /// of its touches came in the second half of its time. `None` never settles. Default: 1 s.
     pub settled_after: Option<Duration>,
+}
+
+impl RecordingOptions {
+    /// The maximum number of pages by default: 1 GiB of touched memory.
+    pub const MAX_PAGES: u64 = 1 << 18;
+
+    /// Returns the maximum number of pages of a snapshot with this many pages.
+    fn limit(&self, pages: u64) -> u64 {
+        let default = || (pages / 4).clamp(1, Self::MAX_PAGES);
+        self.max_pages
+            .unwrap_or_else(default)
+            .min(MAX_TRACE_TOUCHES)
+    }
 }
 
 impl Default for RecordingOptions {
     fn default() -> Self {
         Self {
             max_time: Duration::from_secs(10),
-            max_pages: 1 << 18,
+            max_pages: None,
             settled_after: Some(Duration::from_secs(1)),
         }
     }
@@ -269,7 +283,7 @@ impl<P: Platform, I: Image> Session<P, I> {
             return false;
         };
         let mut found = record.found();
-        let most = record.options.max_pages.min(MAX_TRACE_TOUCHES);
+        let most = record.options.limit(self.state.page_slots());
         // A touch before the recording began belongs to its start.
         let at = at.saturating_duration_since(record.begun);
         for page in pages {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::Duration;
 
-use snaprestore_engine::Prefetch;
+use snaprestore_engine::{Prefetch, RecordingOptions};
 
 use snaprestore_engine::pager::{OnError, Pager, SessionEnd};
 use snaprestore_fixtures::host::skipped;
@@ -81,6 +81,36 @@ fn huge_page_owner_reads_source_at_every_frame_size() {
             assert!((COUNT..=4 * COUNT).contains(&stats.faults));
         }
     }
+}
+
+/// The kernel does not tell which part of a huge page was touched.
+#[test]
+fn touched_huge_page_is_recorded_as_all_its_pages() {
+    let test = "touched_huge_page_is_recorded_as_all_its_pages";
+    let Some(_pool) = pool(test, COUNT) else {
+        return;
+    };
+    let bytes = Arc::new(mixed(3 * LARGE));
+    let expected = Arc::clone(&bytes);
+    let owner = Owner::start_in(Backing::Huge, &one_region(3), move |memory| {
+        let page = |page: u64| &expected[usize::try_from(page).unwrap() * 4096..][..4096];
+        let right = [LARGE + 7, 3, LARGE].map(|number| memory.is(number, page(number)));
+        i32::from(right.contains(&false))
+    });
+    let paged = Pager::new(open(pack(&bytes, 32)))
+        .prefetch(Prefetch::All)
+        .record(RecordingOptions {
+            max_time: Duration::MAX,
+            settled_after: None,
+            ..RecordingOptions::default()
+        })
+        .attach(owner.handover())
+        .unwrap();
+    assert_eq!(owner.child.wait(), Ended::Exit(0));
+    paged.wait();
+    let trace = paged.recording().unwrap().stop();
+    let touched: Vec<u64> = (LARGE..2 * LARGE).chain(0..LARGE).collect();
+    assert_eq!((trace.pages(), trace.present_at_start), (touched, 0));
 }
 
 /// The kernel removes only whole pages from private memory, and rounds the end of a range down.

@@ -22,12 +22,14 @@ mod uffd_support;
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::Duration;
 
 use common::{damaged, frame_of, open, pack, random_bytes};
 use owner::{Owner, Region, mixed};
-use snaprestore_engine::Prefetch;
 use snaprestore_engine::pager::{AttachError, HandoverError, OnError, Pager, SessionEnd};
+use snaprestore_engine::{Prefetch, RecordingOptions};
 use snaprestore_uffd::uffd::{AdoptError, OpenOptions};
+use snapshot_format::trace::TraceEnd;
 use uffd_support::Ended;
 
 const PAGES: u64 = 2048;
@@ -175,6 +177,36 @@ fn paused_prefetch_resumes_or_is_completed() {
         owner.word();
         assert_eq!(owner.child.wait(), Ended::Exit(0));
     }
+}
+
+/// Prefetch waits, and a neighbour in the frame is another touch.
+#[test]
+fn recording_has_the_pages_that_the_owner_touched() {
+    let bytes = Arc::new(mixed(PAGES));
+    let touched = [5, 2000, 6, 1499, 1500, 3, 1000];
+    let expected = Arc::clone(&bytes);
+    let owner = Owner::start(&REGIONS, move |memory| {
+        let page = |page: u64| &expected[usize::try_from(page).unwrap() * 4096..][..4096];
+        let right = touched.map(|number| memory.is(number, page(number)));
+        i32::from(right.contains(&false))
+    });
+    let paged = Pager::new(open(pack(&bytes, 32)))
+        .prefetch(Prefetch::All)
+        .record(RecordingOptions {
+            max_time: Duration::MAX,
+            settled_after: None,
+            ..RecordingOptions::default()
+        })
+        .attach(owner.handover())
+        .unwrap();
+    assert_eq!(owner.child.wait(), Ended::Exit(0));
+    assert_eq!(paged.wait(), SessionEnd::Exited);
+    let trace = paged.recording().unwrap().stop();
+    assert_eq!(
+        (trace.end, trace.pages()),
+        (TraceEnd::OwnerEnded, touched.to_vec())
+    );
+    assert_eq!(trace.present_at_start, 0);
 }
 
 #[test]

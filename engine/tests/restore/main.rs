@@ -30,6 +30,7 @@ mod lifecycle;
 mod many;
 mod orders;
 mod owner;
+mod recorded;
 mod soak;
 mod throttled;
 mod waits;

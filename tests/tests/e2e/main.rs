@@ -21,6 +21,7 @@ mod manager;
 mod memory;
 mod operators;
 mod outcomes;
+mod recordings;
 mod scene;
 mod serve;
 mod states;

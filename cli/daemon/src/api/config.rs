@@ -91,6 +91,10 @@ pub struct Service {
     /// The group of the socket, by name or number.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub socket_group: Option<String>,
+    /// The absolute path of a folder in which the first touches of each VM are recorded, in a trace
+    /// file of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub record: Option<PathBuf>,
 }
 
 /// Pages that are fetched before they are touched.
@@ -204,6 +208,7 @@ impl Service {
             retry_timeout: default_retry_timeout(),
             socket_mode: None,
             socket_group: None,
+            record: None,
         }
     }
 
@@ -255,6 +260,9 @@ impl Service {
             && let Some(name) = &self.working_set
         {
             return Err(SettingError::WorkingSetOff { name: name.clone() });
+        }
+        if let Some(folder) = &self.record {
+            absolute("record", folder)?;
         }
         let seconds = " s";
         for (setting, value, range, unit) in [
@@ -419,6 +427,7 @@ impl Config {
         for service in &mut config.services {
             resolve(&mut service.snapshot);
             resolve(&mut service.socket);
+            service.record.iter_mut().for_each(resolve);
         }
         config.check()?;
         Ok(config)

@@ -18,6 +18,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use clap::ValueEnum;
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
 };
@@ -29,7 +30,8 @@ use snapshot_format::names::escape_path;
 
 use crate::api::config::Service;
 use crate::api::types::{
-    ApiResult, Completed, List, OperatorApi, RequestError, Upgraded, VmId, VmSelector, VmStats,
+    ApiResult, Completed, List, OperatorApi, Recorded, RequestError, Upgraded, VmId, VmSelector,
+    VmStats,
 };
 
 /// The default path of the control socket.
@@ -77,6 +79,14 @@ pub enum Request {
         #[serde(default)]
         all: bool,
     },
+    /// Records the first touches of a VM, or ends that and returns the trace: then the reply is a
+    /// [`Recorded`].
+    Record {
+        /// The VM.
+        vm: VmId,
+        /// What to do.
+        action: RecordAction,
+    },
     /// Completes all VMs and stops the daemon; the reply is a list of [`Completed`].
     Drain {},
     /// Replaces the worker by one of another program file; the reply is an [`Upgraded`].
@@ -85,6 +95,16 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         program: Option<PathBuf>,
     },
+}
+
+/// An action of [`Request::Record`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RecordAction {
+    /// Record from now on, until the recording ends by itself or is stopped
+    Start,
+    /// End the recording, if it has not ended, and write the trace
+    Stop,
 }
 
 /// A reply: either `ok` or `error`.
@@ -130,6 +150,7 @@ enum ReplyBody {
     List(List),
     Stats(Vec<VmStats>),
     Completed(Vec<Completed>),
+    Recorded(Recorded),
     Upgraded(Upgraded),
 }
 
@@ -218,6 +239,13 @@ fn dispatch(api: &dyn OperatorApi, request: Request) -> ApiResult<ReplyBody> {
             };
             ReplyBody::Completed(api.complete(which)?)
         }
+        Request::Record { vm, action } => match action {
+            RecordAction::Start => {
+                api.start_recording(vm)?;
+                ReplyBody::Nothing {}
+            }
+            RecordAction::Stop => ReplyBody::Recorded(api.stop_recording(vm)?),
+        },
         Request::Drain {} => ReplyBody::Completed(api.drain()?),
         Request::Upgrade { program } => ReplyBody::Upgraded(api.upgrade(program)?),
     })

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use snaprestore_engine::stats::Stats;
+use snapshot_format::trace::Trace;
 
 use crate::api::config::{Service, ServiceError};
 use crate::error::Chain;
@@ -65,6 +66,10 @@ pub(crate) trait OperatorApi: Send + Sync {
     fn stats(&self, vm: Option<VmId>) -> ApiResult<Vec<VmStats>>;
     /// Installs all missing pages and releases the VMs. Returns when that is done, or has failed.
     fn complete(&self, which: VmSelector) -> ApiResult<Vec<Completed>>;
+    /// Begins to record the first touches of a VM.
+    fn start_recording(&self, vm: VmId) -> ApiResult<()>;
+    /// Ends the recording of a VM, unless it has ended by itself, and returns its trace.
+    fn stop_recording(&self, vm: VmId) -> ApiResult<Recorded>;
     /// Stops accepting VMs, completes the current ones, and makes the daemon exit afterwards.
     /// Returns when all are released.
     fn drain(&self) -> ApiResult<Vec<Completed>>;
@@ -188,6 +193,35 @@ pub struct Completed {
     /// Reason why the VM was not completed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
+}
+
+/// The result of a recording.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Recorded {
+    /// The VM.
+    pub vm: VmId,
+    /// The bytes of the trace file, in hexadecimal.
+    pub trace: String,
+}
+
+impl Recorded {
+    pub(crate) fn new(vm: VmId, trace: &Trace) -> Self {
+        use std::fmt::Write as _;
+        let bytes = trace.to_bytes();
+        let mut text = String::with_capacity(2 * bytes.len());
+        for byte in bytes {
+            let _ = write!(text, "{byte:02x}");
+        }
+        Self { vm, trace: text }
+    }
+
+    /// Returns the trace, or `None` if the daemon sent something else.
+    pub fn trace(&self) -> Option<Trace> {
+        let digits = self.trace.as_bytes().chunks(2);
+        let byte = |digits: &[u8]| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok();
+        let bytes: Option<Vec<u8>> = digits.map(byte).collect();
+        Trace::from_bytes(&bytes?).ok()
+    }
 }
 
 /// The result of an upgrade.

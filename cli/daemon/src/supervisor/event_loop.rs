@@ -26,7 +26,8 @@ use super::workers::{Briefing, SHUTDOWN_TIMEOUT};
 use super::{Outgoing, POLL_INTERVAL, RunError, Stopping, Supervisor};
 use crate::fd_store::{GuardianProgress, systemd};
 
-/// Interval at which the loop checks a worker that doesn't read, and a file that is being opened.
+/// Interval at which the loop checks a worker that doesn't read, and a file that is being opened or
+/// written.
 const BUSY_INTERVAL: Duration = Duration::from_millis(10);
 /// Pause after a connection could not be accepted, since descriptors may be short.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -80,6 +81,7 @@ impl Supervisor {
         self.flush_fd_store();
         self.vms.check_closing();
         self.add_services_opened();
+        self.log_written_traces();
         self.journal.log_suppressed();
         self.check_run_files();
         self.workers.check_upgrade();
@@ -116,7 +118,8 @@ impl Supervisor {
 
     /// Returns the time after which conditions are checked that no descriptor reports.
     fn interval(&self) -> Duration {
-        if self.workers.has_outgoing() || self.services.is_opening() {
+        if self.workers.has_outgoing() || self.services.is_opening() || self.recordings.is_writing()
+        {
             BUSY_INTERVAL
         } else {
             POLL_INTERVAL

@@ -5,6 +5,7 @@
 //!                ├── Services    snapshots, the sockets to which VMs connect, admission
 //!                ├── Workers     the worker, its queue of messages, its successors
 //!                ├── Endpoints   the sockets for operators and for readers of metrics
+//!                ├── Recordings  traces that are being recorded or written
 //!                ├── FdStore     copies of the descriptors in another process
 //!                └── Journal     log lines and summaries
 //! ```
@@ -20,6 +21,7 @@ mod event_loop;
 mod handshake;
 mod journal;
 mod listener;
+mod recordings;
 mod recovery;
 mod run_files;
 mod services;
@@ -42,6 +44,7 @@ use nix::errno::Errno;
 use self::endpoints::Endpoints;
 use self::journal::Journal;
 pub use self::listener::ListenError;
+use self::recordings::Recordings;
 use self::run_files::RunFiles;
 pub use self::services::AddServiceError;
 use self::services::Services;
@@ -166,6 +169,7 @@ pub struct Supervisor {
     workers: Workers,
     endpoints: Endpoints,
     fd_store: FdStore,
+    recordings: Recordings,
     journal: Journal,
     run_files: Option<RunFiles>,
 }
@@ -228,6 +232,7 @@ impl Supervisor {
             services: Services::new(),
             endpoints: Endpoints::default(),
             fd_store,
+            recordings: Recordings::default(),
             journal: Journal::new(console),
             run_files,
         };
@@ -293,6 +298,7 @@ impl Supervisor {
         self.wait_for_exits()?;
         self.shut_down_worker();
         self.finish_run_files();
+        self.finish_traces();
         if !self.fd_store.flush(policy::FLUSH_TIMEOUT) {
             self.journal.error(format_args!(
                 "{} is not reading and still counts released VMs as served: kill it (SIGKILL), or it kills those VMs \

@@ -65,6 +65,14 @@ pub enum AddServiceError {
         /// The time limit.
         timeout: Duration,
     },
+    /// The folder for recordings can't be used.
+    #[error("cannot record to {folder}: create the folder, or correct `record`")]
+    RecordFolder {
+        /// The path of the folder, escaped.
+        folder: String,
+        /// The error of the system call.
+        source: io::Error,
+    },
     /// The socket can't be created.
     #[error(transparent)]
     Listen(#[from] ListenError),
@@ -430,6 +438,12 @@ impl Services {
         self.records.keys().copied().collect()
     }
 
+    /// Returns the folder in which a service wants the recordings of its VMs.
+    pub(super) fn record_folder(&self, key: u64) -> Option<&Path> {
+        let record = self.records.get(&key)?;
+        record.snapshot.service.record.as_deref()
+    }
+
     /// Returns the number of ancestors of a service's snapshot.
     pub(super) fn ancestors(&self, key: u64) -> usize {
         let record = self.records.get(&key);
@@ -525,18 +539,32 @@ fn start_opening(
     folders: &[PathBuf],
 ) -> Result<Receiver<Result<SnapshotFiles, AddServiceError>>, AddServiceError> {
     let (sender, opened) = channel();
-    let (path, folders) = (service.snapshot.clone(), folders.to_vec());
-    let working_set = service.working_set.clone();
+    let (path, record) = (service.snapshot.clone(), service.record.clone());
+    let (folders, working_set) = (folders.to_vec(), service.working_set.clone());
+    let open = move || {
+        if let Some(folder) = &record {
+            check_folder(folder).map_err(|source| AddServiceError::RecordFolder {
+                folder: escape_path(folder),
+                source,
+            })?;
+        }
+        SnapshotFiles::open(&path, folders, working_set.as_deref())
+    };
     let thread = std::thread::Builder::new().name("open".into());
-    let started = thread.spawn(move || {
-        let opened = SnapshotFiles::open(&path, folders, working_set.as_deref());
-        sender.send(opened)
-    });
+    let started = thread.spawn(move || sender.send(open()));
     started.map_err(|source| AddServiceError::Open {
         snapshot: escape_path(&service.snapshot),
         source,
     })?;
     Ok(opened)
+}
+
+fn check_folder(path: &Path) -> io::Result<()> {
+    if std::fs::metadata(path)?.is_dir() {
+        Ok(())
+    } else {
+        Err(io::ErrorKind::NotADirectory.into())
+    }
 }
 
 fn timed_out(path: &Path, timeout: Duration) -> AddServiceError {

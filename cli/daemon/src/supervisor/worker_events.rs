@@ -56,6 +56,14 @@ impl Supervisor {
                 incomplete,
                 run,
             } => self.end_vm(id, vm, incomplete, run),
+            FromWorker::RecordingBegan { id } => {
+                if let Some(record) = self.vms.get(id).filter(|record| record.is_active()) {
+                    self.recordings.begin(record.label());
+                }
+            }
+            FromWorker::RecordingEnded { id, result } => {
+                self.end_recording(id, result, descriptors.into_iter().next());
+            }
         }
         Ok(())
     }
@@ -95,6 +103,7 @@ impl Supervisor {
             self.write_run(record.label(), *run);
         }
         let (service, connected) = (record.service(), record.connected());
+        self.log_unfetched_recording(id);
         match summary.end {
             SessionEnd::Complete => {
                 if let Err(error) = record.release_complete(&mut self.fd_store) {
@@ -204,6 +213,7 @@ impl Supervisor {
             self.vms.blame_frames();
         }
         self.log_replacement(&cause);
+        self.log_lost_recordings();
         self.workers.replace(&cause)?;
         self.kill_vms_stuck_repeatedly();
         self.brief_worker();
@@ -293,6 +303,7 @@ impl Supervisor {
             stuck: true,
         };
         self.log_replacement(&cause);
+        self.log_lost_recordings();
         self.workers.abandon(&cause, hung)?;
         for service in services {
             self.drop_service_if_unused(service);

@@ -14,7 +14,7 @@ pub(crate) mod sandbox;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
-use std::io;
+use std::io::{self, Write as _};
 use std::net::TcpStream;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -27,14 +27,15 @@ use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{AddressFamily, SockaddrLike as _, SockaddrStorage, getsockname};
 use nix::unistd::geteuid;
-use snaprestore_engine::Shared;
 use snaprestore_engine::fail_point::{FailPoint, fail_point};
 use snaprestore_engine::pager::{
     self, AttachError, FrameId, Handover, OwnerRegion, Paged, Pager, SessionEnd,
 };
 use snaprestore_engine::stats::Stats;
+use snaprestore_engine::{Recording, RecordingOptions, Shared};
 use snapshot_format::{FileStore, OpenError, Snapshot};
 
 use self::layers::{OpenLayers, PassedFiles};
@@ -245,6 +246,8 @@ pub(crate) struct ServedVm {
     since: Instant,
     /// Set once its session exists.
     pub(crate) paged: OnceLock<Paged>,
+    /// The recording that an operator has begun and not yet got.
+    pub(crate) recording: Mutex<Option<Recording>>,
     pub(crate) completing: AtomicBool,
     /// Whether the daemon was asked to stop while the VM was alive, so that it must be completed.
     to_complete: AtomicBool,
@@ -365,6 +368,7 @@ impl Worker {
                         .checked_sub(Duration::from_millis(age_ms))
                         .unwrap_or(now),
                     paged: OnceLock::new(),
+                    recording: Mutex::default(),
                     completing: AtomicBool::new(false),
                     to_complete: AtomicBool::new(false),
                     pool: Arc::clone(&self.pool),
@@ -469,7 +473,10 @@ impl Worker {
         fail_point(FailPoint::Received);
         let label = served.label();
         let vm = match self.resume(served, arrived) {
-            Ok(paged) => wait_for_end(label, paged),
+            Ok(paged) => {
+                self.deliver_recording(served, paged);
+                wait_for_end(label, paged)
+            }
             Err(error) if error.is_exit() => VmSummary::new(label, SessionEnd::Exited),
             Err(error) => VmSummary::new(label, SessionEnd::Refused(Chain(&error).to_string())),
         };
@@ -518,9 +525,14 @@ impl Worker {
         let id = served.id;
         let pager = served.service.pager(&self.shared)?;
         let pager = pager.prefetch_threads(self.cores);
+        let mut pager = pager;
         let tables = if let Some(tables) = arrived.tables {
+            // Another worker has served it before: the first touches are gone.
             tables
         } else {
+            if served.service.service.record.is_some() {
+                pager = pager.record(RecordingOptions::default());
+            }
             let tables = pager.tables(&arrived.regions)?;
             fail_point(FailPoint::TablesMade);
             let message = FromWorker::Tables { id };
@@ -537,11 +549,36 @@ impl Worker {
         };
         let session = pager.resume(handover, tables, &arrived.quarantined)?;
         let session = served.paged.get_or_init(|| session);
+        if session.recording().is_some() {
+            self.notify(&FromWorker::RecordingBegan { id });
+        }
         self.notify(&FromWorker::Served { id });
         if self.draining.load(SeqCst) {
             served.complete_or_kill();
         }
         Ok(session)
+    }
+
+    /// Waits for the end of a recording that began with the session, and sends its trace to the
+    /// supervisor, which writes it to the folder of the service.
+    fn deliver_recording(&self, served: &ServedVm, paged: &Paged) {
+        if served.service.service.record.is_none() {
+            return;
+        }
+        let Some(recording) = paged.recording() else {
+            return;
+        };
+        while !recording.wait(Duration::MAX) {}
+        let id = served.id;
+        let sent = memfd_with(&recording.stop().to_bytes()).and_then(|memfd| {
+            let result = Ok(());
+            let message = FromWorker::RecordingEnded { id, result };
+            self.channel.send(&message, &[memfd.as_fd()])
+        });
+        if let Err(error) = sent {
+            let result = Err(format!("cannot send its trace to the supervisor: {error}"));
+            self.notify(&FromWorker::RecordingEnded { id, result });
+        }
     }
 
     /// Serves a client of the control socket or of the metrics.
@@ -720,6 +757,14 @@ impl ServedVm {
             session: paged.map(Paged::stats).unwrap_or_default(),
         }
     }
+}
+
+/// Returns a memfd with this content.
+fn memfd_with(bytes: &[u8]) -> io::Result<OwnedFd> {
+    let memfd = memfd_create(c"snaprestore trace", MFdFlags::MFD_CLOEXEC)?;
+    let mut file = File::from(memfd);
+    file.write_all(bytes)?;
+    Ok(file.into())
 }
 
 /// Waits for the end of a VM.

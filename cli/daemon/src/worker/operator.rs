@@ -2,15 +2,17 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
+
+use snaprestore_engine::{RecordError, Recording, RecordingOptions};
 
 use super::{ServedVm, Worker, lock};
 use crate::api::config::Service;
 use crate::api::types::{
-    ApiResult, Completed, List, OperatorApi, RequestError, ServiceStatus, Upgraded, VmId,
+    ApiResult, Completed, List, OperatorApi, Recorded, RequestError, ServiceStatus, Upgraded, VmId,
     VmSelector, VmState, VmStats,
 };
 use crate::ipc::{FromWorker, SupervisorRequest};
@@ -67,12 +69,27 @@ impl Worker {
     }
 
     /// Returns the selected VMs that are being served.
-    fn served(&self, which: VmSelector) -> Vec<std::sync::Arc<ServedVm>> {
+    fn served(&self, which: VmSelector) -> Vec<Arc<ServedVm>> {
         let vms = lock(&self.vms);
         match which {
             VmSelector::All => vms.values().cloned().collect(),
             VmSelector::Vm(id) => vms.get(&id).cloned().into_iter().collect(),
         }
+    }
+
+    /// Returns a VM that is served, for a request about its recording.
+    fn recordable(&self, vm: VmId) -> ApiResult<Arc<ServedVm>> {
+        if let Some(served) = self.served(VmSelector::Vm(vm)).pop() {
+            return Ok(served);
+        }
+        if lock(&self.ended).iter().any(|stats| stats.vm.id == vm) {
+            return Err(format!(
+                "VM {vm} is no longer served, and a recording that was not stopped before is lost; \
+                 `serve --record DIR` keeps those of all VMs"
+            )
+            .into());
+        }
+        Err(RequestError::no_vm(vm))
     }
 
     /// Returns the result for a VM that was to be completed and is no longer served, as long as it
@@ -86,6 +103,11 @@ impl Worker {
             reason: stats.vm.reason.clone(),
         })
     }
+}
+
+/// Returns the error for a VM whose session does not exist yet.
+fn being_set_up() -> RequestError {
+    "the VM is still being set up; retry".to_owned().into()
 }
 
 impl OperatorApi for Worker {
@@ -169,6 +191,47 @@ impl OperatorApi for Worker {
             });
             done.collect()
         }))
+    }
+
+    fn start_recording(&self, vm: VmId) -> ApiResult<()> {
+        let served = self.recordable(vm)?;
+        let paged = served.paged.get().ok_or_else(being_set_up)?;
+        let mut recording = lock(&served.recording);
+        if recording.is_some() {
+            return Err(format!(
+                "VM {vm} has a recording already; `snaprestore ctl record {vm} stop -o TRACE` ends it"
+            )
+            .into());
+        }
+        let begun = paged.record(RecordingOptions::default());
+        *recording = Some(begun.map_err(|error| match error {
+            RecordError::Running => {
+                let text = format!("VM {vm} is being recorded already, for its service's folder");
+                RequestError::from(text)
+            }
+            error => format!("cannot record VM {vm}: {error}").into(),
+        })?);
+        self.notify(&FromWorker::RecordingBegan { id: vm });
+        Ok(())
+    }
+
+    fn stop_recording(&self, vm: VmId) -> ApiResult<Recorded> {
+        let served = self.recordable(vm)?;
+        let paged = served.paged.get().ok_or_else(being_set_up)?;
+        if let Some(recording) = lock(&served.recording).take() {
+            let recorded = Recorded::new(vm, &recording.stop());
+            let result = Ok(());
+            self.notify(&FromWorker::RecordingEnded { id: vm, result });
+            return Ok(recorded);
+        }
+        // That of the service goes to its folder as well.
+        match paged.recording().filter(Recording::is_running) {
+            Some(recording) => Ok(Recorded::new(vm, &recording.stop())),
+            None => Err(format!(
+                "VM {vm} is not being recorded; `snaprestore ctl record {vm} start` begins that"
+            )
+            .into()),
+        }
     }
 
     fn drain(&self) -> ApiResult<Vec<Completed>> {

@@ -9,12 +9,13 @@ use anyhow::{Context as _, Result};
 use serde::de::IgnoredAny;
 
 use crate::args::{self, CtlOp};
-use crate::exit::Exit;
+use crate::exit::{Exit, Refusal};
 use crate::names;
 use crate::output::Output;
 use crate::signals::Cancel;
-use snaprestore_daemon::api::control::{Client, Request};
-use snaprestore_daemon::api::types::Completed;
+use crate::trace_file::TraceFile;
+use snaprestore_daemon::api::control::{Client, RecordAction, Request};
+use snaprestore_daemon::api::types::{Completed, Recorded};
 
 use report::{CompleteReport, ListReport, ServiceReport, StatsReport};
 
@@ -25,7 +26,7 @@ pub(crate) fn run(args: &args::Ctl, output: Output, cancel: &Cancel) -> Result<E
     match &args.op {
         CtlOp::Add(add) => {
             let (snapshot, socket) = (absolute(&add.snapshot)?, absolute(&add.socket)?);
-            let service = add.options.service(add.name.clone(), snapshot, socket);
+            let service = add.options.service(add.name.clone(), snapshot, socket)?;
             service.check()?;
             let name = service.name.clone();
             client.send(&Request::Add { service })?;
@@ -53,6 +54,7 @@ pub(crate) fn run(args: &args::Ctl, output: Output, cancel: &Cancel) -> Result<E
             client.send(&Request::Complete { vm, all })?;
             return report_completed(client.receive(true)?, output);
         }
+        CtlOp::Record(record) => record_vm(record, &client, output)?,
         CtlOp::Drain => {
             client.send(&Request::Drain {})?;
             return report_completed(client.receive(true)?, output);
@@ -65,6 +67,28 @@ pub(crate) fn run(args: &args::Ctl, output: Output, cancel: &Cancel) -> Result<E
         }
     }
     Ok(Exit::Done)
+}
+
+/// Starts or stops a recording. The file is created first, so that a bad path ends no recording.
+fn record_vm(record: &args::CtlRecord, client: &Client, output: Output) -> Result<()> {
+    let (vm, action) = (record.vm, record.action);
+    let file = match (action, &record.output) {
+        (RecordAction::Stop, Some(path)) => Some(TraceFile::create(path)?),
+        (RecordAction::Start, Some(_)) => {
+            let why = "`ctl record VM start` writes no file: name it for `stop`";
+            return Err(Refusal::Usage(why.into()).into());
+        }
+        (_, None) => None,
+    };
+    client.send(&Request::Record { vm, action })?;
+    let Some(file) = file else {
+        let _: IgnoredAny = client.receive(false)?;
+        return output.report(&report::RecordReport { vm });
+    };
+    let recorded: Recorded = client.receive(false)?;
+    let trace = recorded.trace();
+    let trace = trace.context("the daemon did not send a trace; it may be of another version")?;
+    output.report(&file.write(&trace)?)
 }
 
 /// Reports the VMs that were to be released; fails if one could not be.

@@ -37,6 +37,18 @@ impl fmt::Display for ServiceReport {
     }
 }
 
+/// Report of a recording that has begun.
+#[derive(Serialize)]
+pub(super) struct RecordReport {
+    pub(super) vm: u64,
+}
+
+impl fmt::Display for RecordReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "VM {} is being recorded", self.vm)
+    }
+}
+
 /// Report of an upgrade to another program.
 #[derive(Serialize)]
 #[serde(transparent)]

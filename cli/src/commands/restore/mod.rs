@@ -23,8 +23,9 @@ use crate::names;
 use crate::output::Output;
 use crate::progress::Progress;
 use crate::signals::Cancel;
+use crate::trace_file::TraceFile;
 use order::Order;
-use record::{TraceFile, TraceWriter};
+use record::TraceWriter;
 pub(crate) use report::RestoreReport;
 use touch::Pages;
 

@@ -10,10 +10,10 @@ use snaprestore_engine::stats::{Durations, Stats};
 use snaprestore_engine::{Failure, FailureKind};
 use snapshot_format::{Page, ReadError, Reason, Snapshot};
 
-use super::record::TraceReport;
 use super::touch::Touched;
 use crate::exit::Exit;
 use crate::output::{count, micros};
+use crate::trace_file::TraceReport;
 
 /// Maximum number of bad places listed for people.
 const MAX_LISTED: usize = 20;
@@ -304,19 +304,7 @@ impl fmt::Display for RestoreReport {
             BinaryBytes(self.bytes_decoded)
         )?;
         if let Some(trace) = &self.trace {
-            write!(
-                f,
-                "recorded    {} in {}, the last after {} ms; ended: {}",
-                count(trace.touches, "touch"),
-                trace.file,
-                HumanCount(trace.last_touch_ms),
-                trace.why
-            )?;
-            if trace.present_at_start > 0 {
-                let present = count(trace.present_at_start, "page");
-                write!(f, "; {present} not seen, because present before")?;
-            }
-            writeln!(f)?;
+            write!(f, "{trace}")?;
         }
         if self.checked_pages > 0 {
             writeln!(

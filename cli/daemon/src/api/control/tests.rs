@@ -77,6 +77,15 @@ impl OperatorApi for Fake {
         })
     }
 
+    fn start_recording(&self, vm: VmId) -> ApiResult<()> {
+        self.note(format!("record {vm}"));
+        Ok(())
+    }
+
+    fn stop_recording(&self, vm: VmId) -> ApiResult<Recorded> {
+        Err(RequestError::no_vm(vm))
+    }
+
     fn stats(&self, vm: Option<VmId>) -> ApiResult<Vec<VmStats>> {
         self.note(format!("stats {vm:?}"));
         match vm {

@@ -1,0 +1,80 @@
+//! Trace files that commands write, and their reports.
+
+use std::fmt;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use indicatif::HumanCount;
+use serde::Serialize;
+use snapshot_format::SnapshotFile;
+use snapshot_format::trace::Trace;
+
+use crate::names;
+use crate::output::count;
+
+/// A trace file that has no name yet, so that a bad path is found before anything is recorded.
+pub(crate) struct TraceFile {
+    path: PathBuf,
+    file: SnapshotFile,
+}
+
+/// Report of a recording. The field names are part of the command's interface.
+#[derive(Debug, Serialize)]
+pub(crate) struct TraceReport {
+    file: String,
+    touches: u64,
+    /// Number of pages that were present before, whose touches were not seen.
+    present_at_start: u64,
+    end: &'static str,
+    /// Human-readable reason for the end.
+    #[serde(skip)]
+    why: String,
+    /// Time of the last touch.
+    last_touch_ms: u64,
+}
+
+impl TraceFile {
+    /// Creates the file. No file may have its name.
+    pub(crate) fn create(path: &Path) -> Result<Self> {
+        Ok(Self {
+            path: path.to_owned(),
+            file: SnapshotFile::create(path, false)?,
+        })
+    }
+
+    /// Writes the trace, and gives the file its name.
+    pub(crate) fn write(mut self, trace: &Trace) -> Result<TraceReport> {
+        let named = || names::path(&self.path);
+        self.file.write_all(&trace.to_bytes()).with_context(named)?;
+        self.file.commit()?;
+        let last = trace.touches.last().map_or(Duration::ZERO, |last| last.at);
+        Ok(TraceReport {
+            file: names::exact(&self.path),
+            touches: trace.touches.len() as u64,
+            present_at_start: trace.present_at_start,
+            end: trace.end.name(),
+            why: trace.end.to_string(),
+            last_touch_ms: u64::try_from(last.as_millis()).unwrap_or(u64::MAX),
+        })
+    }
+}
+
+impl fmt::Display for TraceReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "recorded    {} to {}, the last touched after {} ms; ended: {}",
+            count(self.touches, "page"),
+            self.file,
+            HumanCount(self.last_touch_ms),
+            self.why
+        )?;
+        if self.present_at_start > 0 {
+            let present = count(self.present_at_start, "page");
+            write!(f, "; {present} not seen, because present before")?;
+        }
+        writeln!(f)
+    }
+}
