@@ -169,7 +169,7 @@ pub(crate) fn working_set(path: &Path, threads: usize) -> Result<Outcome, BenchE
     let snapshot = open_snapshot(path).map_err(BenchError::trial(failed()))?;
     snapshot.prepare().map_err(BenchError::trial(failed()))?;
     cache::warm(path)?;
-    let mut frames: BTreeMap<(u16, u64), (FrameRef, Vec<(u64, u16)>)> = BTreeMap::new();
+    let mut frames = BTreeMap::<_, (FrameRef, Vec<(u64, u16)>)>::new();
     for set in snapshot
         .working_sets()
         .map_err(BenchError::trial(failed()))?

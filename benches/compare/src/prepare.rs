@@ -3,7 +3,7 @@
 //! | file | how |
 //! | --- | --- |
 //! | snapshots | `snaprestore create`, one for each kind that a contender names; `optimize` |
-//! | working set | a trace of it, and lists of pages to touch: see [`working_set`](crate::working_set) |
+//! | working set | a trace and lists of pages: see [`working_set`](crate::working_set) |
 //! | `.zst` | solid, level 3, with a checksum: what `zstd -3` writes |
 //! | squashfs | `mksquashfs -comp zstd`, as root where the kernel has the file system |
 //! | erofs | `mkfs.erofs` with the best codec it has, likewise |

@@ -188,15 +188,7 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
     }
     layers::refuse_needed(&args.output, &args.layers)?;
     check_memory()?;
-    let target = Target::create(&args.output, args.force, cancel)?;
-    if args.flatten_after.is_some() && !target.is_file() {
-        let text = "--flatten-after needs a file as its output, as it may have to be written twice";
-        return Err(Refusal::Usage(text.into()).into());
-    }
-    if !traces.is_empty() && !target.is_file() {
-        let text = "--trace needs a file as its output, as it is written twice";
-        return Err(Refusal::Usage(text.into()).into());
-    }
+    let target = create_target(args, cancel)?;
     let mut source = source::open(args, output, cancel)?;
     if args.holes.is_none() && args.base.is_none() && source.is_mostly_holes() {
         settings.refuse_diff(args.source.as_deref())?;
@@ -273,6 +265,20 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
     };
     output.report_beside(to_stdout, &report)?;
     Ok(Exit::Done)
+}
+
+/// Creates the output. Options that write it twice need a file.
+fn create_target(args: &args::Create, cancel: &Cancel) -> Result<Target> {
+    let target = Target::create(&args.output, args.force, cancel)?;
+    if args.flatten_after.is_some() && !target.is_file() {
+        let text = "--flatten-after needs a file as its output, as it may have to be written twice";
+        return Err(Refusal::Usage(text.into()).into());
+    }
+    if !args.traces.is_empty() && !target.is_file() {
+        let text = "--trace needs a file as its output, as it is written twice";
+        return Err(Refusal::Usage(text.into()).into());
+    }
+    Ok(target)
 }
 
 /// Returns a remark about ancestors that are not found from the folder of the new snapshot.

@@ -416,15 +416,15 @@ impl Records {
         let layer = snapshot.layer_of(frame);
         // Demand reads anew: the file may have been repaired.
         let ahead = self.ahead.filter(|_| reason == Reason::Prefetch);
-        self.current = match ahead.and_then(|ahead| ahead.place(snapshot, frame)) {
-            Some(place) => place,
-            None => {
-                self.ahead = None;
-                // `FrameRef::check` has compared the length with the size of the buffer.
-                let len = frame.stored_len as usize;
-                read_from(&mut self.buffer[..len], layer, frame.offset, reason)?;
-                0..len
-            }
+        let place = ahead.and_then(|ahead| ahead.place(snapshot, frame));
+        self.current = if let Some(place) = place {
+            place
+        } else {
+            self.ahead = None;
+            // `FrameRef::check` has compared the length with the size of the buffer.
+            let len = frame.stored_len as usize;
+            read_from(&mut self.buffer[..len], layer, frame.offset, reason)?;
+            0..len
         };
         let record = self.current();
         let (stored, computed) = (frame.crc, crc32fast::hash(record));

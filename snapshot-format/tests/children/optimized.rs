@@ -67,8 +67,7 @@ fn place(snapshot: &Snapshot, page: u64) -> Option<(u16, u64, u16)> {
     }
 }
 
-/// What the file should be, found naively: the list of the working set, and the pages of each hot
-/// frame.
+/// Computes naively the list of the working set, and the pages of each hot frame.
 fn expected(old: &Snapshot, pages: &[u64]) -> (Vec<u64>, Vec<Vec<u64>>) {
     let exists = |page: u64| {
         old.regions()

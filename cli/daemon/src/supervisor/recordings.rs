@@ -98,7 +98,7 @@ impl Supervisor {
         };
         let path = trace_path(folder, &label);
         let thread = std::thread::Builder::new().name("trace".into());
-        match thread.spawn(move || write_trace(File::from(memfd), &path)) {
+        match thread.spawn(move || write_trace(&File::from(memfd), &path)) {
             Ok(thread) => self.recordings.writing.push((label, thread)),
             Err(error) => self.journal.vm_error(
                 &label,
@@ -163,7 +163,7 @@ fn trace_path(folder: &Path, label: &VmLabel) -> PathBuf {
 
 /// Writes the trace in `memfd`, which a compromised worker may have sent, to a new file. Returns
 /// the message about it.
-fn write_trace(memfd: File, path: &Path) -> Result<String, WriteTraceError> {
+fn write_trace(memfd: &File, path: &Path) -> Result<String, WriteTraceError> {
     let most = MAX_HEADER_BYTES + RecordingOptions::MAX_PAGES * TOUCH_BYTES;
     let read = || -> io::Result<Vec<u8>> {
         let metadata = memfd.metadata()?;
