@@ -77,15 +77,11 @@ impl RunFiles {
     pub(super) fn finish(self, timeout: Duration) -> (Vec<RunFileFailure>, bool) {
         drop(self.waiting);
         let mut failures = Vec::new();
-        loop {
-            match self.failed.recv_timeout(timeout) {
-                Ok(failure) => failures.push(failure),
-                Err(_) => {
-                    let done = self.failed.try_recv();
-                    return (failures, matches!(done, Err(TryRecvError::Disconnected)));
-                }
-            }
+        while let Ok(failure) = self.failed.recv_timeout(timeout) {
+            failures.push(failure);
         }
+        let done = matches!(self.failed.try_recv(), Err(TryRecvError::Disconnected));
+        (failures, done)
     }
 
     /// Returns the folder.

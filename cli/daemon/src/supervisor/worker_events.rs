@@ -100,7 +100,7 @@ impl Supervisor {
             return;
         };
         if let Some(run) = run {
-            self.write_run(record.label(), *run);
+            self.write_run(&record.label(), *run);
         }
         let (service, connected) = (record.service(), record.connected());
         self.log_unfetched_recording(id);
@@ -126,13 +126,13 @@ impl Supervisor {
     }
 
     /// Queues the statistics of an ended VM to be written. The worker is not trusted with the name.
-    fn write_run(&self, label: VmLabel, mut run: RunRecord) {
+    fn write_run(&self, label: &VmLabel, mut run: RunRecord) {
         let Some(files) = &self.run_files else {
             return;
         };
         run.what = label.to_string();
         if let Err(why) = files.write(label.clone(), run) {
-            self.journal.vm_error(&label, why);
+            self.journal.vm_error(label, why);
         }
     }
 

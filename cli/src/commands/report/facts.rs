@@ -316,7 +316,7 @@ mod tests {
         };
         let facts = TraceFacts::of(&trace, &[]);
         assert!(facts.curve.len() <= POINTS + 2, "{}", facts.curve.len());
-        let last = (Duration::from_micros(100_000), 100_001);
+        let last = (Duration::from_millis(100), 100_001);
         assert_eq!(facts.curve.last(), Some(&last));
         assert!(facts.plot.is_empty());
     }

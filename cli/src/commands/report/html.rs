@@ -55,13 +55,11 @@ pub(super) fn label(name: &str, characters: usize) -> String {
     let name = names::shown(name);
     let file = name.rsplit('/').next().filter(|file| !file.is_empty());
     let name = file.unwrap_or(&name);
-    match name.char_indices().nth(characters) {
-        None => name.to_owned(),
-        Some(_) => {
-            let begin: String = name.chars().take(characters - 1).collect();
-            format!("{begin}\u{2026}")
-        }
+    if name.chars().count() <= characters {
+        return name.to_owned();
     }
+    let begin: String = name.chars().take(characters - 1).collect();
+    format!("{begin}\u{2026}")
 }
 
 /// Returns a JSON value as the content of a `script` element, in which `<` could end the element.
