@@ -436,8 +436,9 @@ pub(crate) struct Restore {
     pub(crate) check: Option<PathBuf>,
     /// Record the pages that are touched, in order of first touch, to this new file
     ///
-    /// A recording ends after 10 s, after a quarter of the pages (at most 262,144), when the rate of
-    /// first touches has settled, or with the command. Until then each touch installs one page, and prefetch waits.
+    /// A recording ends after 10 s, after a quarter of the pages (at most 262,144), when the rate
+    /// of first touches has settled, or with the command. Until then each touch installs one page,
+    /// and prefetch waits.
     #[arg(long, value_name = "TRACE", value_hint = ValueHint::FilePath)]
     pub(crate) record: Option<PathBuf>,
     /// Suppress the note that only user-mode faults are permitted here
@@ -571,8 +572,9 @@ pub(crate) struct ServiceOptions {
     pub(crate) socket_group: Option<String>,
     /// Record the first touches of each VM to a trace file of its own in this folder
     ///
-    /// A recording ends after 10 s, after a quarter of the pages (at most 262,144), or when the rate
-    /// of first touches has settled. Until then each touch installs one page, and prefetch waits.
+    /// A recording ends after 10 s, after a quarter of the pages (at most 262,144), or when the
+    /// rate of first touches has settled. Until then each touch installs one page, and prefetch
+    /// waits.
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(crate) record: Option<PathBuf>,
 }

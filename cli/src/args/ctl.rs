@@ -99,7 +99,7 @@ pub(crate) struct CtlComplete {
 pub(crate) struct CtlRecord {
     /// Number of the VM
     pub(crate) vm: u64,
-    /// What to do
+    /// Action
     #[arg(value_enum)]
     pub(crate) action: RecordAction,
     /// Trace file to create, required by stop

@@ -84,7 +84,7 @@ pub enum Request {
     Record {
         /// The VM.
         vm: VmId,
-        /// What to do.
+        /// The action.
         action: RecordAction,
     },
     /// Completes all VMs and stops the daemon; the reply is a list of [`Completed`].

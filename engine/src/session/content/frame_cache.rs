@@ -9,8 +9,8 @@
 //! Frames are kept as long as there is room, whichever session decoded them and for whatever
 //! reason. The exception is the first session of a snapshot as long as no other has used the
 //! snapshot's own file: perhaps nobody ever wants its frames, and copying them costs a twentieth of
-//! a restore. While the session records touches, it keeps them nevertheless. Frames of ancestors are
-//! always kept: an ancestor exists for the sake of its children, and the session of another may
+//! a restore. While the session records touches, it keeps them nevertheless. Frames of ancestors
+//! are always kept: an ancestor exists for the sake of its children, and the session of another may
 //! follow.
 //!
 //! Frames are keyed by the open layer that holds them, so that all snapshots with that layer share
