@@ -32,7 +32,7 @@ pub enum RecordError {
 /// - a touch of a 2 MiB page is recorded as 512 touches, since the kernel does not report which
 ///   part was touched.
 /// - a page that the owner has discarded is no page of the snapshot: its touches are not recorded.
-/// - a page that could not be restored is not in the trace.
+/// - a page that is poisoned because it could not be restored is not in the trace.
 ///
 /// Two pages that one thread touches are in the order of the touches. For pages touched by
 /// different threads, it is the order in which the kernel reported the faults.

@@ -32,6 +32,9 @@ use snaprestore_uffd::to_usize;
 /// many.
 const SETTLED_SHARE: usize = 20;
 
+/// Maximum interval at which waiters check whether a recording is due: the first touch of one that
+/// may settle makes it due earlier.
+const CHECK_INTERVAL: Duration = Duration::from_millis(50);
 /// Time of a limit that no clock can express.
 const FAR_FUTURE: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
@@ -252,13 +255,14 @@ impl<P: Platform, I: Image> Session<P, I> {
         }
     }
 
-    /// Ends the recording that runs if it is due. Otherwise returns when it will be, or `None` if
-    /// there is none.
+    /// Ends the recording that runs if it is due. Otherwise returns when to check again, or `None`
+    /// if there is none.
     pub(crate) fn check_recording(&self) -> Option<Instant> {
         let record = self.recorder.current()?;
         let (due, end) = record.due(&record.found());
-        if due > Instant::now() {
-            return Some(due);
+        let now = Instant::now();
+        if due > now {
+            return Some(due.min(now + CHECK_INTERVAL));
         }
         self.end_record(&record, end);
         None
@@ -301,7 +305,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         !is_full
     }
 
-    /// Returns what `record` has found. Pages that could not be restored are left out.
+    /// Returns what `record` has found. Poisoned pages are left out.
     pub(crate) fn recorded(&self, record: &Record) -> Recorded {
         let found = record.found();
         let mut touches = found.touches.clone();
@@ -311,8 +315,8 @@ impl<P: Platform, I: Image> Session<P, I> {
         };
         let (present, end) = (found.present, found.end.unwrap_or(TraceEnd::Stopped));
         drop(found);
-        let restored = |page| matches!(self.state.status(page), Status::Present | Status::Removed);
-        touches.retain(|touch| restored(touch.page));
+        // A page is marked as present only after its waiter was woken, so it may look absent.
+        touches.retain(|touch| self.state.status(touch.page) != Status::Poisoned);
         // Threads that serve faults at the same time record them in any order.
         touches.sort_by_key(|touch| touch.at);
         let is_demand = |touch: &&Touch| touch.reason == TouchReason::Demand;

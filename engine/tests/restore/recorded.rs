@@ -55,6 +55,10 @@ fn recording_has_touched_pages_in_order_without_neighbours() {
         let recording = restored.recording().unwrap();
         assert!(recording.is_running());
         assert_eq!(restored.stats().prefetch.total(), 0);
+        // A page is counted after its waiter was woken.
+        wait_until("all pages are counted", || {
+            restored.stats().demand.total() >= touched.len() as u64
+        });
         assert_eq!(restored.stats().demand.total(), touched.len() as u64);
         let trace = recording.stop();
         assert_eq!(trace.pages(), touched);
@@ -205,6 +209,9 @@ fn recording_in_mid_life_counts_present_pages() {
         (vec![900, 40], frame)
     );
     // The next one is a recording of its own.
+    wait_until("all pages are counted", || {
+        restored.stats().demand.total() == frame + 2
+    });
     let recording = restored.record(UNLIMITED).unwrap();
     compare(&restored, &bytes, [900, 41]);
     let trace = recording.stop();
