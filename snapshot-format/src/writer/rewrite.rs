@@ -70,7 +70,7 @@ pub struct OptimizeOptions {
 
 /// Name of the working set of [`OptimizeOptions::default`].
 pub const DEFAULT_WORKING_SET: &str = "default";
-const DEFAULT_HOT_FRAME_PAGES: usize = 128;
+const DEFAULT_HOT_FRAME_PAGES: usize = 32;
 const DEFAULT_HOT_LEVEL: i32 = 3;
 
 impl Default for OptimizeOptions {
