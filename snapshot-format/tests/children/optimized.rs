@@ -124,7 +124,9 @@ fn expected(old: &Snapshot, pages: &[u64]) -> (Vec<u64>, Vec<Vec<u64>>) {
         same.min().copied().unwrap_or(page)
     };
     for frame in &mut frames {
-        frame.iter_mut().for_each(|page| *page = lowest(*page));
+        for page in frame.iter_mut() {
+            *page = lowest(*page);
+        }
         frame.sort_unstable();
     }
     (list, frames)
@@ -222,11 +224,11 @@ fn other_working_sets_are_kept_and_packed_behind() {
     };
     let (one, _) = optimized(&plain, &[500, 10, 400, 20, 300, 30], named("one"));
     let (two, told) = optimized(&one, &[77, 20, 400], named("two"));
-    let names = |file: &File| -> Vec<String> {
+    let sets_of = |file: &File| -> Vec<String> {
         let sets = file.snapshot.working_sets().expect("sets").into_iter();
         sets.map(|set| set.name).collect()
     };
-    assert_eq!(names(&two), ["two", "one"]);
+    assert_eq!(sets_of(&two), ["two", "one"]);
     assert_eq!(working_set(&two, "one"), working_set(&one, "one"));
     assert_eq!((told.pages, told.hot_frames), (3, 1));
     let frames: Vec<u64> = [77, 20, 400, 500, 10, 300, 30]
@@ -238,7 +240,7 @@ fn other_working_sets_are_kept_and_packed_behind() {
     assert_eq!(frames[3], frames[6]);
     // A set of the same name is replaced, and its pages are ordinary ones again.
     let (three, _) = optimized(&two, &[1], named("two"));
-    assert_eq!(names(&three), ["two", "one"]);
+    assert_eq!(sets_of(&three), ["two", "one"]);
     assert_eq!(working_set(&three, "two"), [1]);
     assert!(place(&three.snapshot, 77) > place(&three.snapshot, 10));
 }

@@ -400,7 +400,7 @@ impl CopySource {
             gathered += frame.sources.len();
             before == 0 || gathered <= GATHERED_PAGES
         });
-        let mut frames: Vec<(Vec<(u32, u16)>, PageList, Vec<u8>)> = here
+        let mut frames: Vec<_> = here
             .map(|frame| {
                 let bytes = vec![0; frame.sources.len() * PAGE_SIZE];
                 let pages = std::mem::take(&mut frame.pages);
