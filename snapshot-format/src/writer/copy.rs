@@ -334,12 +334,32 @@ impl CopySource {
     /// Decides which frames are copied as they are.
     fn decide(&mut self) -> Result<(), WriteError> {
         let mut numbers: HashMap<(u16, u16), Option<u16>> = HashMap::new();
+        let mut dictionary_of = |frame: &FrameRef| {
+            let Codec::ZstdDictionary(number) = frame.codec() else {
+                return Ok(Some(0));
+            };
+            let known = (frame.layer(), number);
+            if let Some(number) = numbers.get(&known) {
+                return Ok(*number);
+            }
+            let bytes = dictionary(&self.snapshot, known)?;
+            let number = add_dictionary(&mut self.dictionaries, bytes);
+            numbers.insert(known, number);
+            Ok::<_, WriteError>(number)
+        };
         // The hot frames have the first numbers.
         let mut copies = self.hot.frame_count();
+        let keeps_ancestors = self.hot.keeps_ancestors();
         for planned in &mut self.frames {
             let frame = planned.frame;
-            // What is left of a frame with hot pages is repacked: a copy would hold them twice.
-            if !planned.hot.is_empty() || self.hot.keeps_ancestors() && frame.layer() > 0 {
+            if keeps_ancestors && frame.layer() > 0 {
+                planned.pages = PageList::default();
+                continue;
+            }
+            // What is left of a frame with hot pages is repacked, with the same dictionary: a copy
+            // would hold them twice.
+            if !planned.hot.is_empty() {
+                dictionary_of(&frame)?;
                 planned.pages = PageList::default();
                 continue;
             }
@@ -349,20 +369,7 @@ impl CopySource {
             let room = planned.pages.record_len(frame.stored_len() as usize);
             let fits = room <= MAX_FRAME_RECORD_BYTES;
             if is_live && fits && planned.is_listed && copies < u32::MAX {
-                let dictionary = match frame.codec() {
-                    Codec::Raw | Codec::Zstd => Some(0),
-                    Codec::ZstdDictionary(number) => {
-                        let known = (frame.layer(), number);
-                        if let Some(number) = numbers.get(&known) {
-                            *number
-                        } else {
-                            let bytes = dictionary(&self.snapshot, known)?;
-                            let number = add_dictionary(&mut self.dictionaries, bytes);
-                            numbers.insert(known, number);
-                            number
-                        }
-                    }
-                };
+                let dictionary = dictionary_of(&frame)?;
                 planned.copied = dictionary.map(|dictionary| (copies, dictionary));
             }
             if planned.copied.is_some() {

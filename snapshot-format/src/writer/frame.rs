@@ -149,6 +149,7 @@ impl OpenFrame {
             own: std::mem::take(&mut self.own),
             tail: std::mem::take(&mut self.tail),
             block,
+            is_hot: false,
         };
         self.pages.listed.clear();
         sealed
@@ -164,11 +165,12 @@ pub(super) struct Sealed {
     own: Vec<u8>,
     tail: Vec<u16>,
     block: Option<Arc<BlockBuffer>>,
+    is_hot: bool,
 }
 
 impl Sealed {
-    /// Creates a frame of which all bytes are known. Its number is given when it is handed out.
-    pub(super) fn complete(pages: PageList, bytes: Vec<u8>) -> Self {
+    /// Creates a hot frame, of which all bytes are known. It counts as a copied one.
+    pub(super) fn hot(pages: PageList, bytes: Vec<u8>) -> Self {
         debug_assert_eq!(bytes.len(), pages.listed.len() * PAGE_SIZE);
         Self {
             number: 0,
@@ -178,6 +180,7 @@ impl Sealed {
             own: bytes,
             tail: Vec::new(),
             block: None,
+            is_hot: true,
         }
     }
 
@@ -250,9 +253,8 @@ impl Compression {
 /// Buffers and contexts that a thread needs to build a frame, reused from one frame to the next.
 pub(super) struct Scratch {
     context: CCtx<'static>,
-    /// The settings for which the context is prepared, if it is: level, block size, and number of
-    /// the dictionary.
-    prepared: Option<(i32, u32, u16)>,
+    /// The number of the dictionary for which the context is prepared, if it is.
+    prepared: Option<u16>,
     gathered: Vec<u8>,
 }
 
@@ -268,8 +270,7 @@ impl Scratch {
     /// Prepares the context, once.
     fn prepare(&mut self, compression: &Compression) -> Result<(), ErrorCode> {
         let number = compression.dictionary_number();
-        let settings = (compression.level, compression.block_bytes, number);
-        if self.prepared == Some(settings) {
+        if self.prepared == Some(number) {
             return Ok(());
         }
         let context = &mut self.context;
@@ -277,7 +278,7 @@ impl Scratch {
         context.set_parameter(CParameter::MaxBlockSize(compression.block_bytes))?;
         let dictionary = compression.dictionary.as_ref();
         context.load_dictionary(dictionary.map_or(&[], |(_, bytes)| bytes))?;
-        self.prepared = Some(settings);
+        self.prepared = Some(number);
         Ok(())
     }
 }
@@ -343,7 +344,7 @@ pub(super) fn build(
         len,
         reference,
         spare: sealed.own,
-        copied: false,
+        copied: sealed.is_hot,
     })
 }
 

@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use super::block::Alike;
 use super::copy::{CopySource, HotPages, Purpose, Wanted};
-use super::frame::Compression;
 use super::sections::{self, BlobWriter};
 use super::{Dictionary, ProgressCallback, QueueEntry, WriteError, Writer, WriterOptions, Written};
 use crate::error::{Defect, Flaw, Part, ReadError};
@@ -60,25 +59,17 @@ impl std::fmt::Debug for RewriteOptions {
 pub struct OptimizeOptions {
     /// Name of the working set. One of this name is replaced.
     pub name: String,
-    /// The zstd level of hot frames.
-    pub hot_level: i32,
-    /// Pages of a full hot frame, 1 to 512.
-    pub hot_frame_pages: usize,
-    /// Options for the rest of the file.
+    /// Options for packing.
     pub rewrite: RewriteOptions,
 }
 
 /// Name of the working set of [`OptimizeOptions::default`].
 pub const DEFAULT_WORKING_SET: &str = "default";
-const DEFAULT_HOT_FRAME_PAGES: usize = 128;
-const DEFAULT_HOT_LEVEL: i32 = 3;
 
 impl Default for OptimizeOptions {
     fn default() -> Self {
         Self {
             name: DEFAULT_WORKING_SET.into(),
-            hot_level: DEFAULT_HOT_LEVEL,
-            hot_frame_pages: DEFAULT_HOT_FRAME_PAGES,
             rewrite: RewriteOptions::default(),
         }
     }
@@ -186,7 +177,7 @@ pub fn rebase<W: Write>(
 /// an ancestor of which at least half belongs to it stay there. Others are stored in the new file,
 /// which grows by them.
 ///
-/// Takes 50 bytes of memory for each page of the working sets, the index blocks of the file, and
+/// Takes 120 bytes of memory for each page of the working sets, the index blocks of the file, and
 /// 64 MiB, besides the memory of [`flatten`].
 pub fn optimize<W: Write>(
     out: W,
@@ -194,18 +185,9 @@ pub fn optimize<W: Write>(
     pages: &[u64],
     options: OptimizeOptions,
 ) -> Result<(W, Optimized), WriteError> {
-    if !(1..=MAX_FRAME_SLOTS).contains(&options.hot_frame_pages) {
-        return Err(WriteError::argument(
-            "the number of pages in a hot frame",
-            options.hot_frame_pages,
-            "1 to 512",
-        ));
-    }
     let mode = Mode::Optimize {
         pages,
         name: &options.name,
-        level: options.hot_level,
-        frame_pages: options.hot_frame_pages,
     };
     let (out, rewritten, hot) = rewrite(out, snapshot, &mode, options.rewrite)?;
     let optimized = Optimized {
@@ -225,12 +207,7 @@ pub fn optimize<W: Write>(
 enum Mode<'a> {
     Flatten,
     Rebase(&'a Arc<Snapshot>),
-    Optimize {
-        pages: &'a [u64],
-        name: &'a str,
-        level: i32,
-        frame_pages: usize,
-    },
+    Optimize { pages: &'a [u64], name: &'a str },
 }
 
 /// The working set of an optimized file.
@@ -262,6 +239,7 @@ fn rewrite<W: Write>(
     let keeps_base = matches!(mode, Mode::Optimize { .. });
     let frame_pages = snapshot.summary().frame_bytes / PAGE_SIZE_U64;
     let frame_pages = usize::try_from(frame_pages).unwrap_or(MAX_FRAME_SLOTS);
+    let frame_pages = frame_pages.clamp(1, MAX_FRAME_SLOTS);
     // The writer records its own, and a new base is the caller's to name.
     let kept = properties.into_iter().filter(|(key, _)| {
         !["writer", "writer.level", "writer.frame_pages"].contains(&&key[..])
@@ -270,7 +248,7 @@ fn rewrite<W: Write>(
     });
     let writer_options = WriterOptions {
         level: options.level,
-        frame_pages: frame_pages.clamp(1, MAX_FRAME_SLOTS),
+        frame_pages,
         dictionary: Dictionary::Off,
         threads: options.threads,
         snapshot_id: options.snapshot_id,
@@ -280,25 +258,18 @@ fn rewrite<W: Write>(
     };
     let mut writer = Writer::new(out, writer_options)?;
     writer.progress = options.progress;
-    let (copied_frames, hot) = match *mode {
-        Mode::Flatten => writer.copy_from(snapshot, Purpose::OneFile, None)?,
-        Mode::Rebase(_) => {
-            let old_base = &old_base;
-            writer.copy_from(snapshot, Purpose::NewBase { old_base }, None)?
-        }
-        Mode::Optimize {
-            pages,
-            name,
-            level,
-            frame_pages,
-        } => {
+    let purpose = match *mode {
+        Mode::Flatten => Purpose::OneFile,
+        Mode::Rebase(_) => Purpose::NewBase {
+            old_base: &old_base,
+        },
+        Mode::Optimize { pages, name } => {
             let others = other_working_sets(snapshot, name)?;
-            let wanted = Wanted::new(snapshot, pages, &others, frame_pages);
-            let compression = Arc::new(Compression::new(level, frame_pages));
             writer.stage.write_index_at_end();
-            writer.copy_from(snapshot, Purpose::Hot(wanted), Some(&compression))?
+            Purpose::Hot(Wanted::new(snapshot, pages, &others, frame_pages))
         }
     };
+    let (copied_frames, hot) = writer.copy_from(snapshot, purpose)?;
     for attachment in snapshot.attachments().map_err(WriteError::Copied)? {
         writer.copy_attachment(snapshot, &attachment.name)?;
     }
@@ -439,13 +410,12 @@ impl<W: Write> Writer<W> {
         Ok(copy.finish())
     }
 
-    /// Writes all memory of `snapshot`, its hot pages with the settings `hot`. Returns the number
-    /// of frames that are copied as they are.
+    /// Writes all memory of `snapshot`. Returns the number of frames that are copied as they are,
+    /// and the working set that comes first.
     fn copy_from(
         &mut self,
         snapshot: &Arc<Snapshot>,
         purpose: Purpose<'_>,
-        hot: Option<&Arc<Compression>>,
     ) -> Result<(u64, HotSet), WriteError> {
         self.guarded(|writer| {
             let (base, workers) = (writer.base.as_ref(), &writer.stage.workers);
@@ -456,10 +426,7 @@ impl<W: Write> Writer<W> {
             }
             writer.stage.dictionaries = dictionaries;
             writer.copies = true;
-            let mut set = HotSet::default();
-            if let Some(compression) = hot {
-                set = writer.write_hot(&mut source, compression)?;
-            }
+            let set = writer.write_hot(&mut source)?;
             let source = Arc::new(source);
             for region in snapshot.regions() {
                 writer.copy_region(&source, region)?;
@@ -469,12 +436,8 @@ impl<W: Write> Writer<W> {
         })
     }
 
-    /// Writes the hot frames.
-    fn write_hot(
-        &mut self,
-        source: &mut CopySource,
-        compression: &Arc<Compression>,
-    ) -> Result<HotSet, WriteError> {
+    /// Writes the hot frames, if there are any.
+    fn write_hot(&mut self, source: &mut CopySource) -> Result<HotSet, WriteError> {
         let (of_first, all) = (source.first_hot_frames(), source.hot_frames());
         let mut bytes = 0;
         let mut written = 0;
@@ -485,7 +448,7 @@ impl<W: Write> Writer<W> {
                     self.stage.settle()?;
                     bytes = self.stage.summary.stored_bytes;
                 }
-                self.stage.push_apart(frame, compression)?;
+                self.stage.push_hot(frame)?;
                 written += 1;
             }
             self.report()?;

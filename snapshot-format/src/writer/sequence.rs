@@ -26,7 +26,7 @@ use super::base::{AncestorPages, BasePage, UsedLayers};
 use super::block::{Alike, BlockBuffer, Examined, Seen};
 use super::copy::CopiedFrame;
 use super::dedup::{DedupTable, Location};
-use super::frame::{Compression, FrameRefs, OpenFrame, Sealed};
+use super::frame::{FrameRefs, OpenFrame, Sealed};
 use super::index::{Draft, IndexEncoder};
 use super::output::Output;
 use super::runs::ZeroRuns;
@@ -365,22 +365,13 @@ impl<W: Write> Stage<W> {
         self.at_end = Some(IndexAtEnd::default());
     }
 
-    /// Hands out a frame with settings of its own, which counts as a copied one.
-    pub(super) fn push_apart(
-        &mut self,
-        sealed: Sealed,
-        compression: &Arc<Compression>,
-    ) -> Result<(), WriteError> {
-        while self.workers.frames_full() {
-            if !self.write_ready()? {
-                self.workers.wait()?;
-            }
-        }
-        self.summary.stored_pages += sealed.slots() as u64;
-        self.copied_slots_in_use += sealed.slots() as u64;
+    /// Hands out a hot frame, which counts as a copied one.
+    pub(super) fn push_hot(&mut self, sealed: Sealed) -> Result<(), WriteError> {
+        let slots = sealed.slots() as u64;
+        self.summary.stored_pages += slots;
+        self.copied_slots_in_use += slots;
         self.copies += 1;
-        self.workers.build_apart(sealed, compression);
-        Ok(())
+        self.hand_out(sealed)
     }
 
     fn write_drafts(&mut self) -> Result<(), WriteError> {

@@ -298,24 +298,6 @@ impl Workers {
         });
     }
 
-    /// Hands a frame with settings of its own to the pool. It counts as a copied frame.
-    pub(super) fn build_apart(&mut self, sealed: Sealed, compression: &Arc<Compression>) {
-        let number = self.built.expect();
-        let (sender, shared) = (self.sender.clone(), Arc::clone(&self.shared));
-        let compression = Arc::clone(compression);
-        self.pool.spawn_fifo(move || {
-            let mut scratch = shared.scratch.take().unwrap_or_else(Scratch::new);
-            let record = shared.records.take(record_room(sealed.slots()));
-            let built = build(sealed, &compression, &mut scratch, record).map(|built| Built {
-                number,
-                copied: true,
-                ..built
-            });
-            shared.scratch.give(scratch);
-            let _ = sender.send(Event::Built(built));
-        });
-    }
-
     /// Adds a frame that is built already, after those that were handed to the pool.
     pub(super) fn add_built(&mut self, built: Built) {
         let number = self.built.expect();

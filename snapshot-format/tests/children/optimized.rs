@@ -7,12 +7,11 @@ use snapshot_format::{
     OptimizeOptions, Optimized, RewriteOptions, WorkingSetRun, flatten, optimize, rebase,
 };
 
-/// Pages of a hot frame in these tests.
-const HOT: usize = 4;
+/// Pages of a frame in these tests.
+const HOT: usize = 8;
 
 fn optimize_options() -> OptimizeOptions {
     OptimizeOptions {
-        hot_frame_pages: HOT,
         rewrite: rewrite_options(),
         ..OptimizeOptions::default()
     }
@@ -67,7 +66,8 @@ fn place(snapshot: &Snapshot, page: u64) -> Option<(u16, u64, u16)> {
     }
 }
 
-/// Computes naively the list of the working set, and the pages of each hot frame.
+/// Finds naively how the file should be: the list of the working set, and the pages of each hot
+/// frame.
 fn expected(old: &Snapshot, pages: &[u64]) -> (Vec<u64>, Vec<Vec<u64>>) {
     let exists = |page: u64| {
         old.regions()
@@ -124,7 +124,9 @@ fn expected(old: &Snapshot, pages: &[u64]) -> (Vec<u64>, Vec<Vec<u64>>) {
         same.min().copied().unwrap_or(page)
     };
     for frame in &mut frames {
-        frame.iter_mut().for_each(|page| *page = lowest(*page));
+        for page in frame.iter_mut() {
+            *page = lowest(*page);
+        }
         frame.sort_unstable();
     }
     (list, frames)
@@ -174,15 +176,16 @@ fn working_set_lies_at_the_front_in_order_of_need() {
     memory[0][44] = Content::Data(301);
     let plain = write(&memory, None, options());
     let pages = [
-        300, 40, 5, 599, 1024, 301, 44, 42, 600, 5, 1123, 1124, 9999, 7, 41, 8,
+        300, 40, 5, 599, 1024, 301, 44, 42, 600, 5, 1123, 1124, 9999, 7, 41, 8, 200, 100,
     ];
     let (file, told) = optimized(&plain, &pages, optimize_options());
-    assert_eq!((told.pages, told.ignored_pages), (12, 4));
+    assert_eq!((told.pages, told.ignored_pages), (14, 4));
     assert_eq!(told.not_stored_pages, 3);
     check_order(&plain, &file, &pages, &told);
-    // Three pages of the first frame, then that of another region.
-    let first = working_set(&file, "default");
-    assert_eq!(&first[..5], &[5, 40, 300, 599, 1024]);
+    // Two frames, of 8 slots and of 2.
+    let first = [5, 7, 8, 40, 41, 42, 44, 300, 301, 599, 1024, 1123];
+    let list = [&first[..], &[100, 200]].concat();
+    assert_eq!(working_set(&file, "default"), list);
     assert_eq!(place(&file.snapshot, 43), place(&file.snapshot, 300));
     // Other frames are copied, the rest of those with hot pages is repacked.
     assert!(told.rewritten.copied_frames > 60);
@@ -221,11 +224,11 @@ fn other_working_sets_are_kept_and_packed_behind() {
     };
     let (one, _) = optimized(&plain, &[500, 10, 400, 20, 300, 30], named("one"));
     let (two, told) = optimized(&one, &[77, 20, 400], named("two"));
-    let names = |file: &File| -> Vec<String> {
+    let sets_of = |file: &File| -> Vec<String> {
         let sets = file.snapshot.working_sets().expect("sets").into_iter();
         sets.map(|set| set.name).collect()
     };
-    assert_eq!(names(&two), ["two", "one"]);
+    assert_eq!(sets_of(&two), ["two", "one"]);
     assert_eq!(working_set(&two, "one"), working_set(&one, "one"));
     assert_eq!((told.pages, told.hot_frames), (3, 1));
     let frames: Vec<u64> = [77, 20, 400, 500, 10, 300, 30]
@@ -237,7 +240,7 @@ fn other_working_sets_are_kept_and_packed_behind() {
     assert_eq!(frames[3], frames[6]);
     // A set of the same name is replaced, and its pages are ordinary ones again.
     let (three, _) = optimized(&two, &[1], named("two"));
-    assert_eq!(names(&three), ["two", "one"]);
+    assert_eq!(sets_of(&three), ["two", "one"]);
     assert_eq!(working_set(&three, "two"), [1]);
     assert!(place(&three.snapshot, 77) > place(&three.snapshot, 10));
 }
@@ -270,6 +273,26 @@ fn attachments_dictionaries_and_properties_are_kept() {
     let kept = snapshot.properties().expect("properties");
     for property in kept.iter().filter(|(key, _)| !key.starts_with("writer")) {
         assert!(properties.contains(property), "{property:?}");
+    }
+}
+
+/// Small frames need their dictionary, also if none of them is copied.
+#[test]
+fn repacked_frames_use_the_dictionary_of_the_file() {
+    let with_dictionary = WriterOptions {
+        frame_pages: 1,
+        dictionary: Dictionary::Use(pattern(9999)),
+        ..options()
+    };
+    let plain = write(&vec![data(0..20)], None, with_dictionary);
+    let pages: Vec<u64> = (0..20).rev().collect();
+    let (bytes, _) =
+        optimize(Vec::new(), &plain.snapshot, &pages, optimize_options()).expect("optimize");
+    let new = Snapshot::open(Arc::new(MemoryStore::new(bytes))).expect("open");
+    assert_eq!(new.dictionaries().expect("dictionaries").len(), 1);
+    let index = new.index_block(0, Reason::Demand).expect("index");
+    for frame in index.frames() {
+        assert_eq!(frame.codec(), snapshot_format::Codec::ZstdDictionary(1));
     }
 }
 
@@ -370,18 +393,12 @@ fn children_of_an_optimized_base_are_rebased() {
 }
 
 #[test]
-fn unusable_options_are_refused() {
+fn unusable_names_are_refused() {
     let plain = write(&vec![data(0..20)], None, options());
     let refused = |options: OptimizeOptions| {
         let error = optimize(Vec::new(), &plain.snapshot, &[1], options).expect_err("refused");
         assert!(matches!(error, WriteError::Argument { .. }), "{error}");
     };
-    for hot_frame_pages in [0, 513] {
-        refused(OptimizeOptions {
-            hot_frame_pages,
-            ..optimize_options()
-        });
-    }
     for name in ["", "a/b", ".."] {
         refused(OptimizeOptions {
             name: name.into(),

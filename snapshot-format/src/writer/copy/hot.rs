@@ -10,6 +10,23 @@
 //! Hot frames have the first numbers of the copied frames. A slot that several pages share is hot
 //! if one of them is. Hot frames list hot pages only, so that decoding one installs nothing else.
 //!
+//! Hot frames are packed as the other frames are, with the same length. Measured with a guest of
+//! 1 GiB of which a tenth of the stored pages is hot, in random order, relative to the plain file:
+//!
+//! ```text
+//! level, frame       size    read for the hot pages    decoded in
+//! plain                 1    0.95                      43 us a page
+//! 3, 128 KiB        1.020    0.12                      3.9 us a page
+//! 3, 512 KiB        1.017    0.12                      3.3 to 4.7, as noise has it
+//! 3, 2 MiB          1.013    0.11                      3.6 to 4.8
+//! 1, 128 KiB        1.024    0.12                      4.5
+//! -3, 512 KiB       1.037    0.14                      2.7
+//! ```
+//!
+//! Frames that are longer than the file's save little, and make the first fault on one slower.
+//! Faster levels, and a codec such as lz4 that packs as they do, cost more room than they save
+//! time. Raw frames would need 2.5 times the room.
+//!
 //! In a child, pages in frames of ancestors of which at least half are hot stay there. Those in
 //! other frames are taken: reading them one by one would cost more than storing them again.
 
@@ -409,7 +426,7 @@ impl CopySource {
         })?;
         let frames = frames.into_iter();
         Ok(frames
-            .map(|(_, pages, bytes)| Sealed::complete(pages, bytes))
+            .map(|(_, pages, bytes)| Sealed::hot(pages, bytes))
             .collect())
     }
 
