@@ -160,6 +160,10 @@ fn check_memory() -> Result<()> {
     Ok(())
 }
 
+#[expect(
+    clippy::too_many_lines,
+    reason = "one step after the other, in the order of their checks"
+)]
 pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Result<Exit> {
     let began = Instant::now();
     let to_stdout = target::is_stdout_without_json(&args.output, output)?;

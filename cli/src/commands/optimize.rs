@@ -205,7 +205,6 @@ impl Plan<'_> {
         let options = OptimizeOptions {
             name: self.name.to_owned(),
             rewrite: flatten::options(self.packing, snapshot, (output, "optimizing"), cancel),
-            ..OptimizeOptions::default()
         };
         let (mut target, optimized) = optimize(target, snapshot, &pages, options)?;
         let ancestors = KnownLayers::new(snapshot.ancestors().to_vec(), None);
