@@ -28,3 +28,4 @@ mod states;
 mod supervisors;
 mod thousand;
 mod workers;
+mod working_sets;

@@ -81,9 +81,8 @@ impl Supervisor {
         self.flush_fd_store();
         self.vms.check_closing();
         self.add_services_opened();
-        self.log_written_traces();
         self.journal.log_suppressed();
-        self.check_run_files();
+        self.log_vm_files();
         self.workers.check_upgrade();
         self.check_worker()
     }
@@ -118,8 +117,7 @@ impl Supervisor {
 
     /// Returns the time after which conditions are checked that no descriptor reports.
     fn interval(&self) -> Duration {
-        if self.workers.has_outgoing() || self.services.is_opening() || self.recordings.is_writing()
-        {
+        if self.workers.has_outgoing() || self.services.is_opening() || self.vm_files.is_writing() {
             BUSY_INTERVAL
         } else {
             POLL_INTERVAL

@@ -5,7 +5,8 @@
 //!                ├── Services    snapshots, the sockets to which VMs connect, admission
 //!                ├── Workers     the worker, its queue of messages, its successors
 //!                ├── Endpoints   the sockets for operators and for readers of metrics
-//!                ├── Recordings  traces that are being recorded or written
+//!                ├── Recordings  VMs that are being recorded
+//!                ├── VmFiles     traces and statistics that are being written
 //!                ├── FdStore     copies of the descriptors in another process
 //!                └── Journal     log lines and summaries
 //! ```
@@ -23,11 +24,11 @@ mod journal;
 mod listener;
 mod recordings;
 mod recovery;
-mod run_files;
 mod services;
 mod snapshot_files;
 mod upgrade;
 mod vm;
+mod vm_files;
 mod vms;
 mod worker_events;
 mod worker_process;
@@ -45,9 +46,9 @@ use self::endpoints::Endpoints;
 use self::journal::Journal;
 pub use self::listener::ListenError;
 use self::recordings::Recordings;
-use self::run_files::RunFiles;
 pub use self::services::AddServiceError;
 use self::services::Services;
+use self::vm_files::VmFiles;
 use self::vms::Vms;
 pub use self::worker_process::StartError;
 use self::workers::{Outgoing, Workers};
@@ -171,7 +172,7 @@ pub struct Supervisor {
     fd_store: FdStore,
     recordings: Recordings,
     journal: Journal,
-    run_files: Option<RunFiles>,
+    vm_files: VmFiles,
 }
 
 /// Stage of stopping.
@@ -221,8 +222,6 @@ impl Supervisor {
         let inherited = systemd::take_inherited_fds();
         let program = std::path::Path::new(workers::OWN_PROGRAM);
         let fd_store = FdStore::find(program, &inherited);
-        let run_files = options.run_json.clone().map(RunFiles::start).transpose();
-        let run_files = run_files.map_err(StartError::RunFiles)?;
         let mut supervisor = Self {
             workers: Workers::start(options.clone())?,
             options,
@@ -234,7 +233,7 @@ impl Supervisor {
             fd_store,
             recordings: Recordings::default(),
             journal: Journal::new(console),
-            run_files,
+            vm_files: VmFiles::default(),
         };
         if let Some(warning) = supervisor.fd_store.warning() {
             supervisor.journal.error(warning);
@@ -297,8 +296,7 @@ impl Supervisor {
         }
         self.wait_for_exits()?;
         self.shut_down_worker();
-        self.finish_run_files();
-        self.finish_traces();
+        self.finish_vm_files();
         if !self.fd_store.flush(policy::FLUSH_TIMEOUT) {
             self.journal.error(format_args!(
                 "{} is not reading and still counts released VMs as served: kill it (SIGKILL), or it kills those VMs \

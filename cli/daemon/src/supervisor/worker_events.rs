@@ -4,16 +4,14 @@ use std::os::fd::OwnedFd;
 
 use snaprestore_engine::pager::SessionEnd;
 use snaprestore_engine::stats::RunRecord;
-use snapshot_format::names::escape_path;
 
-use super::run_files::RunFileFailure;
+use super::vm_files::vm_file;
 use super::workers::{Briefing, WorkerState};
 use super::{RunError, Stopping, Supervisor};
 use crate::api::summary::{VmLabel, VmSummary};
 use crate::error::Chain;
 use crate::ipc::{FromWorker, SupervisorRequest};
 use crate::log::count;
-use crate::policy;
 use crate::supervisor::services::AddServiceError;
 use crate::supervisor::worker_process::ExitCause;
 
@@ -126,41 +124,18 @@ impl Supervisor {
     }
 
     /// Queues the statistics of an ended VM to be written. The worker is not trusted with the name.
-    fn write_run(&self, label: &VmLabel, mut run: RunRecord) {
-        let Some(files) = &self.run_files else {
+    fn write_run(&mut self, label: &VmLabel, mut run: RunRecord) {
+        let Some(folder) = &self.options.run_json else {
             return;
         };
         run.what = label.to_string();
-        if let Err(why) = files.write(label.clone(), run) {
-            self.journal.vm_error(label, why);
-        }
-    }
-
-    /// Logs which statistics could not be written.
-    pub(super) fn check_run_files(&self) {
-        let Some(files) = &self.run_files else {
-            return;
-        };
-        while let Some(RunFileFailure { label, why }) = files.failure() {
-            self.journal.vm_error(&label, why);
-        }
-    }
-
-    /// Waits until the statistics of all VMs are written.
-    pub(super) fn finish_run_files(&mut self) {
-        let Some(files) = self.run_files.take() else {
-            return;
-        };
-        let folder = escape_path(files.folder());
-        let (failures, done) = files.finish(policy::FLUSH_TIMEOUT);
-        for RunFileFailure { label, why } in failures {
-            self.journal.vm_error(&label, why);
-        }
-        if !done {
-            self.journal.error(format_args!(
-                "some statistics of VMs are not written: {folder} does not answer; check its disk"
-            ));
-        }
+        let path = vm_file(folder, label, "run.json");
+        self.write_vm_file(label, "its statistics are lost", move || {
+            let written = run.write_path(&path, false);
+            written
+                .map(|()| None)
+                .map_err(|error| Chain(&error).to_string())
+        });
     }
 
     /// Handles an operator's request that the worker can't serve alone.

@@ -33,9 +33,6 @@ pub enum StartError {
         /// The error of the system call.
         source: io::Error,
     },
-    /// The thread that writes statistics could not be started.
-    #[error("cannot start the thread that writes the statistics of VMs")]
-    RunFiles(#[source] io::Error),
     /// The process can't be watched.
     #[error("cannot open a pidfd of the worker")]
     Watch(#[source] io::Error),

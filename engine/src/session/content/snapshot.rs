@@ -22,7 +22,7 @@ use crate::session::platform::{Content, FrameId, Image, PageNumber, Run};
 const MAX_KEPT_BYTES: usize = 2 << 20;
 
 /// Decoded bytes that a session without shared frames keeps while a recording runs.
-const MAX_RECORDING_BYTES: u64 = 64 << 20;
+const MAX_RECORDING_BYTES: u64 = 512 << 20;
 /// Maximum number of bytes between two frames that are read at once, such as an index block.
 const MAX_READ_AHEAD_GAP: u64 = 16 << 10;
 
