@@ -101,8 +101,8 @@ fn touched_huge_page_is_recorded_as_all_its_pages() {
         .prefetch(Prefetch::All)
         .record(RecordingOptions {
             max_time: Duration::MAX,
+            max_pages: Some(3 * LARGE),
             settled_after: None,
-            ..RecordingOptions::default()
         })
         .attach(owner.handover())
         .unwrap();

@@ -187,9 +187,9 @@ fn prefetch_reads_a_bad_frame_once() {
     let (heals, reads) = (Arc::clone(&healed), Arc::new(AtomicUsize::new(0)));
     let counted = Arc::clone(&reads);
     let snapshot = open_hooked(file, move |buf, offset, _| {
-        if offset == frame {
+        if let Some(at) = place_in(buf, offset, frame) {
             counted.fetch_add(1, SeqCst);
-            buf[40] ^= u8::from(!heals.load(SeqCst));
+            buf[at + 40] ^= u8::from(!heals.load(SeqCst));
         }
         Ok(())
     });
@@ -210,6 +210,13 @@ fn prefetch_reads_a_bad_frame_once() {
     compare(&restored, &bytes, 0..PAGES);
 }
 
+/// Returns the place of offset `wanted` in a part of a file that was read: prefetch reads several
+/// frames at once.
+fn place_in(read: &[u8], offset: u64, wanted: u64) -> Option<usize> {
+    let place = usize::try_from(wanted.checked_sub(offset)?).ok()?;
+    (place < read.len()).then_some(place)
+}
+
 /// A store that fails for one frame until it is healed.
 struct Ill {
     snapshot: Arc<Snapshot>,
@@ -226,8 +233,8 @@ fn ill(seed: u64) -> Ill {
     let healed = Arc::new(AtomicBool::new(false));
     let reads = Arc::new(AtomicUsize::new(0));
     let (heals, counted) = (Arc::clone(&healed), Arc::clone(&reads));
-    let snapshot = open_hooked(file, move |_, offset, _| {
-        if offset != bad {
+    let snapshot = open_hooked(file, move |buf, offset, _| {
+        if place_in(buf, offset, bad).is_none() {
             return Ok(());
         }
         counted.fetch_add(1, SeqCst);

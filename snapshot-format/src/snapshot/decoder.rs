@@ -21,6 +21,7 @@
 use std::borrow::Cow;
 use std::fmt;
 use std::ops::Range;
+use std::sync::{Arc, Weak};
 
 use zerocopy::FromBytes as _;
 use zstd::zstd_safe::{self, DCtx, DParameter, InBuffer, OutBuffer, ResetDirective};
@@ -75,11 +76,10 @@ struct Records {
     current: Range<usize>,
 }
 
-/// A part of a snapshot's file.
-#[derive(Clone, Copy)]
+/// A part of a file.
 struct Ahead {
-    snapshot: SnapshotId,
-    layer: u16,
+    /// The open file. Its ID would not do: another file can have the same.
+    layer: Weak<Layer>,
     offset: u64,
     len: usize,
 }
@@ -89,9 +89,8 @@ impl Ahead {
     fn place(&self, snapshot: &Snapshot, frame: &FrameRef) -> Option<Range<usize>> {
         let start = usize::try_from(frame.offset.checked_sub(self.offset)?).ok()?;
         let end = start.checked_add(frame.stored_len as usize)?;
-        let is_here =
-            self.layer == frame.layer && end <= self.len && self.snapshot == snapshot.id();
-        is_here.then_some(start..end)
+        let layer = Arc::as_ptr(snapshot.layer_of(frame));
+        (end <= self.len && self.layer.as_ptr() == layer).then_some(start..end)
     }
 }
 
@@ -206,8 +205,7 @@ impl FrameDecoder {
             Reason::Prefetch,
         )?;
         records.ahead = Some(Ahead {
-            snapshot: snapshot.id(),
-            layer: first.layer,
+            layer: Arc::downgrade(snapshot.layer_of(first)),
             offset: first.offset,
             len,
         });
@@ -216,7 +214,7 @@ impl FrameDecoder {
 
     /// Returns whether the record of `frame` was read ahead.
     pub fn is_ahead(&self, snapshot: &Snapshot, frame: &FrameRef) -> bool {
-        let ahead = self.records.ahead;
+        let ahead = self.records.ahead.as_ref();
         ahead.is_some_and(|ahead| ahead.place(snapshot, frame).is_some())
     }
 
@@ -415,7 +413,7 @@ impl Records {
         }
         let layer = snapshot.layer_of(frame);
         // Demand reads anew: the file may have been repaired.
-        let ahead = self.ahead.filter(|_| reason == Reason::Prefetch);
+        let ahead = self.ahead.as_ref().filter(|_| reason == Reason::Prefetch);
         let place = ahead.and_then(|ahead| ahead.place(snapshot, frame));
         self.current = if let Some(place) = place {
             place

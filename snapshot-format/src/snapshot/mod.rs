@@ -240,8 +240,8 @@ impl Snapshot {
 
     /// Returns the file that holds `frame`. A reference from another snapshot may name a layer that
     /// this one doesn't have; its checksum is then not that of the bytes in the own file.
-    pub(crate) fn layer_of(&self, frame: &FrameRef) -> &Layer {
-        self.layer(frame.layer()).map_or(self.own(), |layer| layer)
+    pub(crate) fn layer_of(&self, frame: &FrameRef) -> &Arc<Layer> {
+        self.layer(frame.layer()).unwrap_or(&self.chain.layers[0])
     }
 
     /// Returns the name of the file of `layer`, if that is an ancestor.
