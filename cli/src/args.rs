@@ -592,8 +592,8 @@ pub(crate) struct Serve {
     pub(crate) frame_cache: u64,
     /// Folder in which to write the statistics of each VM that has ended, for `snaprestore report`
     ///
-    /// The files are named SERVICE-VM-TIME.run.json; nothing deletes them. Their numbers begin with
-    /// the worker that served the VM last.
+    /// The files are named SERVICE-VM-SECONDS.run.json; nothing deletes them. Their numbers begin
+    /// with the worker that served the VM last.
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(crate) run_json: Option<PathBuf>,
     /// Run the worker without its sandbox, which forbids opening files, running programs and most

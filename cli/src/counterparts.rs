@@ -1,5 +1,5 @@
-//! Which page of the base corresponds to an address of the source: that of the same address, in a
-//! region of the same name. Regions may have grown, shrunk, merged or been split meanwhile.
+//! Counterparts in the base: an address of the source corresponds to the page of the same address,
+//! in a region of the same name. Regions may have grown, shrunk, merged or been split meanwhile.
 
 use snapshot_format::layout::PAGE_SIZE_U64;
 use snapshot_format::{Region, Snapshot};
@@ -28,7 +28,7 @@ impl Counterparts {
             .filter(|region| region.space == 0 && region.pages > 0)
             .cloned()
             .collect();
-        // Of regions with the same start, the longest is found.
+        // The longest of several regions with the same start is found.
         regions.sort_by(|a, b| (&a.name, a.start, a.pages).cmp(&(&b.name, b.start, b.pages)));
         Self(regions)
     }

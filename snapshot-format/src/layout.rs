@@ -550,7 +550,7 @@ pub mod trace_end {
     pub const PAGE_LIMIT: u32 = 4;
     /// All pages were present.
     pub const COMPLETED: u32 = 5;
-    /// The owner ended.
+    /// The owner exited or unmapped its memory.
     pub const OWNER_ENDED: u32 = 6;
     /// The trace was merged from others.
     pub const MERGED: u32 = 7;

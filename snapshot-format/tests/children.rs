@@ -241,7 +241,7 @@ fn unchanged_memory_is_stored_in_the_base_alone() {
     assert_eq!(check(&other), 1100);
     let summary = other.written.summary;
     assert_eq!((summary.frames, summary.index_bytes), (0, 0));
-    // Of other memory, nothing of the base is used.
+    // Nothing of a base with other memory is used.
     let memory = vec![data(5000..6100)];
     let other = write(&memory, Some((&base, How::Full)), options());
     assert_eq!(check(&other), 0);

@@ -198,7 +198,7 @@ pub fn compare(
     Ok(())
 }
 
-/// Returns the size of the optimised file against that of the plain one.
+/// Returns the size of the optimized file against that of the plain one.
 pub(crate) fn size_ratio(samples: &Samples) -> Option<(f64, String)> {
     let fact = |name: &'static str| {
         let values = samples.values(NAME, OPTIMIZE, move |outcome| {

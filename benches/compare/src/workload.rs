@@ -63,8 +63,8 @@ pub struct Workload {
     /// Description of the workload, for people.
     pub title: String,
     /// The image: `guest` for the memory of a real guest, `roomy` for twice as much memory of which
-    /// the other half is empty, `child` or `chain` for the memory at the
-    /// end of a short or long chain of snapshots of it, or the path of a raw file.
+    /// the other half is empty, `child` or `chain` for the memory at the end of a short or long
+    /// chain of snapshots of it, or the path of a raw file.
     #[serde(default = "guest")]
     pub image: String,
     /// The order of touches.

@@ -162,13 +162,13 @@ pub(crate) enum FromWorker {
         /// The number of the VM.
         id: u64,
     },
-    /// The touches of a VM are recorded from now on. The worker alone knows them.
+    /// The touches of a VM are recorded from now on. Only the worker has them.
     RecordingBegan {
         /// The number of the VM.
         id: u64,
     },
-    /// A recording is over. Comes with a memfd that holds its trace if the service wants the trace
-    /// in its folder; else an operator has it.
+    /// A recording has ended. If the service records to a folder, a memfd with the trace comes with
+    /// the message; otherwise an operator has fetched the trace.
     RecordingEnded {
         /// The number of the VM.
         id: u64,

@@ -94,7 +94,7 @@ pub(crate) struct CtlComplete {
 ///
 /// Touches of pages that are present when the recording starts are not seen; the trace has their
 /// number. The recording ends by itself like those of `serve --record`, and waits for `stop` then.
-/// A VM that ends before takes its recording with it.
+/// If the VM ends before `stop`, its recording is lost.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct CtlRecord {
     /// Number of the VM

@@ -500,7 +500,7 @@ fn chain_without_a_file_that_it_does_not_need_is_verified() {
     memory[512 * PAGE..].copy_from_slice(&noise(512 * PAGE));
     folder.write("memory", &memory);
     create(&folder, "memory", "base.snap", "1.snap", &[]);
-    // Of which the grandchild needs the latter only.
+    // The grandchild needs only the latter.
     memory[..512 * PAGE].fill(0);
     folder.write("memory", &memory);
     create(&folder, "memory", "1.snap", "2.snap", &["--holes", "zero"]);

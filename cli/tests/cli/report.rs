@@ -410,7 +410,7 @@ fn run_of_a_restore_is_on_the_page() {
         assert_eq!(shown["prefetch_pages"], pages("prefetch"));
         assert!(page.contains("restore of base.snap") && page.contains("id=\"ct-pages\""));
     }
-    // The same memory in another file: the page says so.
+    // Another file with the same memory: the page says so.
     run(&folder, &["create", "base.raw", "-o", "again.snap"]).exits(0);
     let page = page(&folder, "again.snap", &["--run", "run.json"]);
     assert!(page.contains("from another file with the same memory"));

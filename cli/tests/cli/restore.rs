@@ -103,7 +103,7 @@ fn memory_equals_the_source_in_any_order() {
 fn selected_working_set_is_prefetched_and_must_exist() {
     let folder = Folder::new();
     let test = "selected_working_set_is_prefetched_and_must_exist";
-    // It has the working sets "boot" and "nothing".
+    // The snapshot has the working sets "boot" and "nothing".
     let golden = concat!(
         env!("CARGO_MANIFEST_DIR"),
         "/../fixtures/golden/v1/good-working-sets-and-attachments.snap"

@@ -209,7 +209,7 @@ fn several_traces_are_merged() {
             .all(|kept| kept == 2)
     );
     let merged = Trace::read_path(folder.file("all")).unwrap();
-    // The same median rank: the lower number comes first.
+    // Equal median ranks: the lower number comes first.
     assert_eq!(merged.pages(), [5, 6]);
     run(&folder, &merge).exits(1).says(&["all exists already"]);
     let usage = run(
@@ -419,7 +419,8 @@ fn create_packs_in_the_order_of_a_trace() {
     assert_eq!(offsets(&folder, "new.snap", &pages)[0], 4096);
     assert_eq!(info(&folder, "new.snap")["attachments"][0]["name"], "vm");
 
-    // The same machine later: the order is used, and the summary says that the content is another.
+    // A later snapshot of the machine: the order is used, and the summary says that the content is
+    // another.
     memory[5 * PAGE..9 * PAGE].copy_from_slice(&noise(4 * PAGE));
     folder.write("image.raw", &memory);
     let report = run(&folder, &[&create[..], &["--force"]].concat())

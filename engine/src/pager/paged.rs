@@ -435,7 +435,8 @@ impl Paged {
         self.runtime.set_prefetch_bandwidth(bytes_per_second);
     }
 
-    /// Records first touches from now on. Fails if a recording is running.
+    /// Records first touches from now on. Fails if a recording is running, or if there is nothing
+    /// left to record.
     pub fn record(&self, options: RecordingOptions) -> Result<Recording, RecordError> {
         self.runtime.record(options)
     }
@@ -450,8 +451,8 @@ impl Paged {
         self.runtime.stats()
     }
 
-    /// Returns the statistics so far as a record for `snaprestore report`, under a description for
-    /// people.
+    /// Returns the statistics so far as a record for `snaprestore report`. `what` describes the
+    /// session for people.
     pub fn run_record(&self, what: impl Into<String>) -> RunRecord {
         self.runtime.run_record(what.into(), self.stats())
     }

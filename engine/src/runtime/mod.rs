@@ -201,7 +201,8 @@ impl Runtime {
         });
         for Range { start, end } in pieces {
             self.pool.yield_briefly(is_over);
-            // Locked meanwhile, so that a call that leaves this thread behind can't return before.
+            // The lock is held during the system call: a stop that leaves this thread behind waits
+            // for it.
             let progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
             if progress.left_behind || is_over() {
                 return;

@@ -335,7 +335,7 @@ impl Pool {
         let mut availability = feed.run_task(self, slot);
         self.fetching.fetch_sub(1, Relaxed);
         let mut ring = self.ring();
-        // Otherwise `recheck` comes later.
+        // A change after this check calls `recheck`, which waits for the lock.
         if feed.throttle_changes() != changes && availability != Availability::Over {
             availability = Availability::Now;
         }

@@ -14,10 +14,10 @@
 //! the next page would fare no better.
 //!
 //! A task covers at most some 2 MiB, so that the pool's threads can turn to other sessions: one
-//! index block, or many runs of a working set. A working set of an optimised file lists its pages
+//! index block, or many runs of a working set. A working set of an optimized file lists its pages
 //! frame by frame, in ascending order within a frame. Tasks begin where the page numbers descend,
-//! so that no two threads want the same frame, and a task can read its frames at once. With any
-//! other order it only takes longer.
+//! so that no two threads want the same frame, and a task can read its frames at once. Any other
+//! order only takes longer.
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -38,8 +38,9 @@ const ROUND_INTERVAL: Duration = Duration::from_millis(1);
 const LAST_ROUND_TIMEOUT: Duration = Duration::from_secs(1);
 /// Maximum number of rounds to complete a session while another thread is always loading some page.
 const MAX_ROUNDS: u32 = 10_000;
-/// Number of pages after which a task ends where page numbers descend, and at the latest.
+/// Number of pages after which a task ends where page numbers descend.
 const MIN_TASK_PAGES: u64 = PAGES_PER_BLOCK_U64 / 2;
+/// Number of pages after which a task ends in any case.
 const MAX_TASK_PAGES: u64 = PAGES_PER_BLOCK_U64;
 /// Number of index blocks that one task searches for duplicates.
 const MAX_NOTED_BLOCKS: u64 = 64;

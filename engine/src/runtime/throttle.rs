@@ -47,7 +47,7 @@ impl Throttle {
         }
     }
 
-    /// Pauses or no longer pauses on behalf of `by`. `loaded` bytes have been prefetched so far.
+    /// Sets whether `by` pauses prefetch, which has loaded `loaded` bytes so far.
     pub(super) fn set_paused(&self, by: PausedBy, paused: bool, loaded: u64) {
         self.change(loaded, |settings| {
             settings.paused &= !(by as u8);

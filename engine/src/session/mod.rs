@@ -206,7 +206,7 @@ impl<P: Platform, I: Image> Session<P, I> {
         self.platform.kick();
     }
 
-    /// Moves the timeline on. What is counted from now on belongs to the bucket of `now`.
+    /// Advances the timeline: everything counted from now on belongs to the bucket of `now`.
     pub(crate) fn advance_timeline(&self, now: Instant) {
         let since_start = now.saturating_duration_since(self.begun);
         let timeline = &self.stats.timeline;

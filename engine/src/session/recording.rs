@@ -3,7 +3,7 @@
 //! ```text
 //!   record ──▶ running ── each fault: its page, once; only that page is installed
 //!                 │
-//!                 ▼ stopped, settled, a limit, all pages settled, or the owner is gone
+//!                 ▼ stopped, settled, a limit, session complete, or the owner is gone
 //!               ended ──▶ the session installs whole frames again, and prefetch continues
 //! ```
 //!
@@ -11,9 +11,9 @@
 //! page faults, too. The frame is decoded as a whole nevertheless, and kept
 //! ([`Image::keep_frames`]): the fault of a neighbour decodes nothing.
 //!
-//! A touch is recorded before its page is installed. The thread that touched it can't touch the
-//! next page before, so the order is exact for each thread of the owner, however many threads serve
-//! faults.
+//! A touch is recorded before its page is installed. Until then, the thread that touched the page
+//! cannot touch another one, so the order is exact for each thread of the owner, however many
+//! threads serve faults.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -191,8 +191,8 @@ impl Found {
 }
 
 impl<P: Platform, I: Image> Session<P, I> {
-    /// Begins a recording. `on_end` is called when it ends, by any thread, without a lock. Returns
-    /// `None` if a recording runs, or if the session is ending.
+    /// Begins a recording. `on_end` is called when it ends, by any thread, unless another has begun
+    /// by then. Returns `None` if a recording runs, or if the session is ending.
     pub(crate) fn begin_recording(
         &self,
         options: RecordingOptions,
@@ -249,6 +249,11 @@ impl<P: Platform, I: Image> Session<P, I> {
         self.recorder.running.store(false, Relaxed);
         drop(found);
         record.ended.notify_all();
+        // Another recording that has begun meanwhile needs the frames, and prefetch to wait.
+        let latest = self.recorder.lock();
+        if latest.as_ref().is_some_and(|record| record.is_running()) {
+            return;
+        }
         self.image.keep_frames(false);
         if let Some(on_end) = on_end {
             on_end();

@@ -50,7 +50,7 @@ fn recording_has_touched_pages_in_order_without_neighbours() {
             .unwrap();
         let touched = scattered(3);
         compare(&restored, &bytes, touched.iter().copied());
-        // A second touch is none.
+        // A second touch is not recorded.
         compare(&restored, &bytes, touched.iter().copied());
         let recording = restored.recording().unwrap();
         assert!(recording.is_running());
@@ -65,7 +65,7 @@ fn recording_has_touched_pages_in_order_without_neighbours() {
         assert_eq!((trace.end, trace.present_at_start), (TraceEnd::Stopped, 0));
         assert!(trace.touches.is_sorted_by_key(|touch| touch.at));
         trace.check_matches(&snapshot).unwrap();
-        // Prefetch goes on.
+        // Prefetch continues.
         let restored = within("prefetch ends", move || {
             assert!(restored.wait_complete());
             restored

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use snaprestore_engine::Prefetch;
 use snaprestore_engine::restore::{Restore, StartError};
+use snaprestore_fixtures::host::skipped;
 use snaprestore_uffd::memory::Pagemap;
 use snapshot_format::{
     ReadError, Reason, RegionSpec, Snapshot, WorkingSetRun, Writer, WriterOptions,
@@ -79,7 +80,7 @@ fn selected_working_set_is_prefetched_alone() {
     }
 }
 
-/// Two working sets in file order, as that of an optimised file: their frames are read together, in
+/// Two working sets in file order, as that of an optimized file: their frames are read together, in
 /// few reads. Demand is served while such a read blocks, inside and outside of it.
 #[test]
 fn replay_reads_many_frames_at_once_and_demand_does_not_wait() {
@@ -141,9 +142,9 @@ fn prefetch_of_everything_maps_long_zero_runs() {
     bytes.resize(bytes.len() + zeros, 0);
     bytes.extend(random_bytes(512, 45));
     let snapshot = with_sets(&bytes, &[]);
-    let Ok(pagemap) = Pagemap::open() else {
-        println!("SKIPPED prefetch_of_everything_maps_long_zero_runs: no page map");
-        return;
+    let pagemap = match Pagemap::open() {
+        Ok(pagemap) => pagemap,
+        Err(why) => return skipped("prefetch_of_everything_maps_long_zero_runs", &why),
     };
     for prefetch in [Prefetch::Off, Prefetch::All] {
         let restored = Restore::new(Arc::clone(&snapshot))

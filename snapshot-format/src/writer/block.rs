@@ -36,7 +36,8 @@ impl BlockBuffer {
         }
     }
 
-    /// Takes a buffer from `stock`, or allocates one for it. It has the bytes of its last user.
+    /// Takes a buffer from `stock`, or allocates one for it. A used one has the bytes of its last
+    /// user.
     pub(super) fn of(stock: &Arc<Stock<Vec<u8>>>) -> Self {
         let idle = stock.take();
         Self {

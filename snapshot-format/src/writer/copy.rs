@@ -356,8 +356,8 @@ impl CopySource {
                 planned.pages = PageList::default();
                 continue;
             }
-            // What is left of a frame with hot pages is repacked, with the same dictionary: a copy
-            // would hold them twice.
+            // The rest of a frame with hot pages is repacked, with the same dictionary: the file
+            // would have them twice if the frame were copied.
             if !planned.hot.is_empty() {
                 dictionary_of(&frame)?;
                 planned.pages = PageList::default();

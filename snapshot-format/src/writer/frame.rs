@@ -169,7 +169,7 @@ pub(super) struct Sealed {
 }
 
 impl Sealed {
-    /// Creates a hot frame, of which all bytes are known. It counts as a copied one.
+    /// Creates a hot frame, of which all bytes are known. The frame counts as a copied one.
     pub(super) fn hot(pages: PageList, bytes: Vec<u8>) -> Self {
         debug_assert_eq!(bytes.len(), pages.listed.len() * PAGE_SIZE);
         Self {

@@ -3,14 +3,15 @@
 //! ```text
 //! same place     the page that corresponds has the digest
 //! same blocks    any slot of a frame that the blocks of those pages use has it
-//! moved          samples say which other blocks may have it: the same with up to 4 of them
+//! moved          samples say by how far content moved: the same with the blocks there, for up to
+//!                4 distances
 //! ```
 //!
 //! Moved content is looked for in blocks of which at least 64 pages are not in the same place, and
 //! at least one isn't found in the same blocks. The base is sampled when the first of them turns
 //! up: up to 32 pages of one frame of each half of a block, an eighth of its pages with frames of
 //! 128 KiB. Wherever content moved to, 256 consecutive pages of a dense base have sampled ones
-//! among them. Each of those that a block of the child has says by how many pages the content
+//! among them. A sampled page that a block of the child has says by how many pages the content
 //! moved, and so where the rest of it is to be compared.
 //!
 //! Which pages are found depends on the block and the base alone, not on the order in which threads
@@ -168,7 +169,7 @@ impl PagesByKey {
         });
         let mut pages: Vec<_> = pages.collect();
         pages.sort_by_key(|(key, _)| *key);
-        // Of equal ones the first is kept.
+        // The first of equal ones is kept.
         pages.dedup_by_key(|(key, _)| *key);
         Self(pages)
     }
@@ -210,7 +211,7 @@ impl Base {
         loaded: &mut LoadedBlocks,
         search: bool,
     ) -> Result<(), WriteError> {
-        // The same place first: pages of a frame stay together.
+        // Pages in the same place are replaced first, so that those of a frame stay together.
         loaded.find_in_place(pages, stretches);
         let elsewhere: Vec<(usize, Key)> = (0..).zip(&*pages).filter_map(data).collect();
         loaded.find_anywhere(pages);

@@ -52,7 +52,7 @@ pub struct WriterOptions {
     /// Properties to record, besides the writer's own.
     pub properties: Vec<(String, String)>,
     /// The base, of which the new snapshot becomes a child: only what differs is stored. See
-    /// [`RegionSpec::base_page`]. It takes up to 60 MiB more, for what is known of the base.
+    /// [`RegionSpec::base_page`]. A base takes up to 60 MiB more memory, for what is known of it.
     pub base: Option<Arc<Snapshot>>,
 }
 

@@ -116,7 +116,7 @@ fn expected(old: &Snapshot, pages: &[u64]) -> (Vec<u64>, Vec<Vec<u64>>) {
     }
     group.sort_unstable();
     list.append(&mut group);
-    // Of pages that share a slot, the lowest number counts.
+    // The lowest number counts among pages that share a slot.
     let lowest = |page: u64| {
         let same = order
             .iter()

@@ -3,7 +3,6 @@
 use std::fs;
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
 
 use nix::sys::signal::{Signal, kill};
 use snaprestore_fixtures::images::Shares;
@@ -29,15 +28,6 @@ fn files(folder: &Path) -> Vec<PathBuf> {
     entries
         .map(|entry| entry.expect("cannot read the folder").path())
         .collect()
-}
-
-/// Starts a VMM, and waits until it says `what`.
-fn start(mut vmm: Command, what: &str) -> Child {
-    let mut vmm = vmm.spawn().expect("cannot start a VMM");
-    let mut said = BufReader::new(vmm.stdout.take().expect("no pipe to the child")).lines();
-    let line = said.next().expect("no line was written");
-    assert_eq!(line.expect("output is not UTF-8"), what);
-    vmm
 }
 
 #[test]
@@ -75,11 +65,12 @@ fn killed_worker_loses_its_recordings() {
     let mut scene = Scene::new(Shares::MIXED);
     let folder = folder(&scene);
     scene.serve(&["--prefetch", "off", "--record", text(&folder)]);
-    let vmm = start(scene.vmm(&["--wait"]), "handed over");
+    let mut vmm = scene.vmm(&["--wait"]).spawn().expect("cannot start a VMM");
     scene.wait_for(": served", 1);
     let worker = scene.worker().expect("worker exited unexpectedly");
     kill(worker, Signal::SIGKILL).expect("cannot reach the process");
     scene.wait_for("its recording is lost with the worker", 1);
+    drop(vmm.stdin.take());
     let _ = end_of(vmm).exits(0);
     assert_eq!(endings(&scene.stop()), ["exited"]);
     assert_eq!(files(&folder), Vec::<PathBuf>::new());
@@ -99,7 +90,11 @@ fn operator_records_a_vm_from_now_on() {
     let mut scene = Scene::new(Shares::MIXED);
     let control = scene.path("control");
     scene.serve(&["--prefetch", "off", "--control", text(&control)]);
-    let vmm = start(scene.vmm(&["--only", "20", "--hold"]), "right so far");
+    let vmm = scene.vmm(&["--only", "20", "--hold"]).spawn();
+    let mut vmm = vmm.expect("cannot start a VMM");
+    let mut said = BufReader::new(vmm.stdout.take().expect("no pipe to the child")).lines();
+    let line = said.next().expect("no line was written");
+    assert_eq!(line.expect("output is not UTF-8"), "right so far");
     let trace = scene.path("vm.trace");
     let ctl = |args: &[&str]| {
         let mut command = snaprestore(["ctl", "--json", "record"]);
@@ -134,6 +129,7 @@ fn operator_records_a_vm_from_now_on() {
     let other = scene.path("other.trace");
     let _ = ctl(&["1", "stop", "--output", text(&other)]).exits(0);
     refused(&stop, "exists already");
+    drop(vmm.stdin.take());
     let _ = end_of(vmm).exits(0);
     scene.stop();
     Trace::read_path(&other).expect("cannot read the trace");

@@ -34,7 +34,7 @@ pub(super) struct SnapshotFiles {
 
 impl SnapshotFiles {
     /// Opens the snapshot at `path`, with its ancestors, which are looked for beside it and in
-    /// `folders`. It must have the working set, if one is given.
+    /// `folders`. The snapshot must have the working set, if one is given.
     pub(super) fn open(
         path: &Path,
         folders: Vec<PathBuf>,

@@ -1,6 +1,6 @@
 //! Files about VMs: traces of first touches, and statistics of VMs that have ended.
 //!
-//! A thread of their own writes them, since a disk may not answer.
+//! A thread writes them, one after another, since a disk may not answer.
 
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -13,7 +13,8 @@ use crate::policy;
 /// Maximum number of files that wait to be written.
 const MAX_WAITING: usize = 64;
 
-/// Writes a file. Returns a message about it, if it deserves one, or the reason why it is lost.
+/// A task that writes a file. Returns a message for the log, if there is one, or the reason why the
+/// file is lost.
 type Job = Box<dyn FnOnce() -> JobResult + Send>;
 type JobResult = Result<Option<String>, String>;
 
@@ -70,7 +71,7 @@ impl Writer {
         let (sender, results) = channel();
         let body = move || {
             for (label, job) in received {
-                // Nobody reads it any more when the daemon has stopped.
+                // Fails only when the daemon has stopped.
                 let _ = sender.send((label, job()));
             }
         };

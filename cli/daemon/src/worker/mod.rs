@@ -246,7 +246,7 @@ pub(crate) struct ServedVm {
     since: Instant,
     /// Set once its session exists.
     pub(crate) paged: OnceLock<Paged>,
-    /// The recording that an operator has begun and not yet got.
+    /// The recording that an operator has started and not stopped.
     pub(crate) recording: Mutex<Option<Recording>>,
     pub(crate) completing: AtomicBool,
     /// Whether the daemon was asked to stop while the VM was alive, so that it must be completed.

@@ -224,7 +224,7 @@ impl OperatorApi for Worker {
             self.notify(&FromWorker::RecordingEnded { id: vm, result });
             return Ok(recorded);
         }
-        // That of the service goes to its folder as well.
+        // The trace of the service's recording is written to its folder as well.
         match paged.recording().filter(Recording::is_running) {
             Some(recording) => Ok(Recorded::new(vm, &recording.stop())),
             None => Err(format!(

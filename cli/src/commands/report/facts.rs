@@ -124,11 +124,11 @@ impl ReportFacts {
         let ancestor = ancestor.and_then(|number| self.info.ancestors.get(number));
         let path = ancestor.map_or(&self.info.file, |ancestor| &ancestor.file);
         let name = Path::new(path).file_name().unwrap_or_default();
-        format!("{layer}: {}", name.to_string_lossy())
+        format!("{layer}: {}", names::shown(&name.to_string_lossy()))
     }
 }
 
-/// Returns the name of a region, or its number if it has none. It is not escaped.
+/// Returns the name of a region, or its number if it has none. The text is not escaped.
 pub(super) fn region_name(region: &RegionFacts, number: usize) -> String {
     match (&region.name[..], region.space) {
         ("", _) => format!("region {number}"),
@@ -288,7 +288,7 @@ mod tests {
             (ms(100), 4),
         ];
         assert_eq!(facts.curve, curve);
-        // It is page 100 of 201.
+        // The page has position 100 of 201.
         let middle = 100 * PLOT_ROWS / 201;
         let plot = [
             ((0, 0), 1),

@@ -49,8 +49,8 @@ pub(super) fn foreign(text: &str) -> impl Display + use<> {
     Escaped(names::shortened(shown, MAX_TEXT_BYTES))
 }
 
-/// Returns text that comes from a file as a label of at most `characters` characters; of a path it
-/// has the name of the file. It must still be escaped as [`text`].
+/// Returns text that comes from a file as a label of at most `characters` characters. The label of
+/// a path is the name of its file. The caller must still escape it with [`text`].
 pub(super) fn label(name: &str, characters: usize) -> String {
     let name = names::shown(name);
     let file = name.rsplit('/').next().filter(|file| !file.is_empty());

@@ -8,7 +8,8 @@
 //!     charts   bars, curves and scatter plots, each with its table
 //! ```
 //!
-//! Everything that comes from a file passes [`html::text`], the only way for text into the page.
+//! Everything that comes from a file is escaped by [`html::text`], [`html::foreign`] or
+//! [`html::json`], the only ways for it into the page.
 
 mod charts;
 mod facts;

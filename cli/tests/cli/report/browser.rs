@@ -117,7 +117,7 @@ impl Browser {
         ];
         all.extend(options.iter().map(|&option| option.to_owned()));
         let seen = self.start(&page, &all);
-        // What a page writes to the console, and what breaks its policy, is logged with this word.
+        // Chromium logs console messages and policy violations with this word.
         let console: Vec<_> = seen
             .log
             .lines()
