@@ -566,7 +566,8 @@ pub(crate) struct Serve {
     #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath,
         required_unless_present_any = ["config", "control"], requires = "snapshot")]
     pub(crate) socket: Option<PathBuf>,
-    /// Configuration file with the services, instead of --snapshot and --socket
+    /// Configuration file with the services, instead of --snapshot, --socket and the options of a
+    /// service (--prefetch, --record and so on)
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath,
         conflicts_with_all = ["snapshot", "socket"])]
     pub(crate) config: Option<PathBuf>,

@@ -356,9 +356,17 @@ fn optimize_written(
             Err(TraceError::OtherContent { .. }) if trace.page_slots == snapshot.page_slots() => {
                 others += 1;
             }
-            result => result.map_err(trace::named(path)).context(
-                "the trace cannot be used for this memory; create the snapshot without --trace",
-            )?,
+            Err(TraceError::OtherContent { .. }) => {
+                let text = format!(
+                    "{}: the trace is of memory with {} page numbers, and this memory has {}; \
+                     create the snapshot without --trace",
+                    names::path(path),
+                    trace.page_slots,
+                    snapshot.page_slots()
+                );
+                return Err(Refusal::Usage(text).into());
+            }
+            result => result.map_err(trace::named(path))?,
         }
     }
     let packing = args::Packing {

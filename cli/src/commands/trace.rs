@@ -29,11 +29,21 @@ pub(crate) fn run(args: &args::Trace, output: Output) -> Result<Exit> {
 }
 
 /// Reads traces of the same memory, each with its name in errors.
+///
+/// # Errors
+///
+/// A trace without touches is refused: with others it would only make their pages rarer.
 pub(crate) fn read_all(paths: &[PathBuf]) -> Result<Vec<Trace>> {
-    Ok(paths
-        .iter()
-        .map(Trace::read_path)
-        .collect::<Result<_, _>>()?)
+    let read = |path: &PathBuf| {
+        let trace = Trace::read_path(path)?;
+        if trace.touches.is_empty() {
+            let path = names::path(path);
+            let text = format!("{path}: the trace has no touches; leave it out");
+            return Err(Refusal::Usage(text).into());
+        }
+        Ok(trace)
+    };
+    paths.iter().map(read).collect()
 }
 
 /// Adds the name of a trace to an error about its content.
@@ -85,10 +95,14 @@ impl TraceFacts {
         let demand_touches = demand.count() as u64;
         let pairs = touches.windows(2);
         let sequential = pairs.filter(|pair| pair[0].page + 1 == pair[1].page);
+        // The order of a merged trace is not that of its times.
+        let mut times: Vec<Duration> = touches.iter().map(|touch| touch.at).collect();
+        times.sort_unstable();
         let time = |part: usize, of: usize| {
-            let number = (touches.len() * part).div_ceil(of);
-            let touch = number.checked_sub(1).map(|number| touches[number]);
-            touch.map_or(0, |touch| micros(touch.at))
+            let number = (times.len() * part).div_ceil(of);
+            number
+                .checked_sub(1)
+                .map_or(0, |number| micros(times[number]))
         };
         Self {
             file: names::exact(path),

@@ -448,7 +448,7 @@ fn map_of_info_is_plain_text_in_a_pipe() {
 
     write_hostile(&folder, "hostile");
     let text = run(&folder, &["info", "hostile", "--map"]).exits(0).text();
-    assert!(text.contains("@ in a working set"), "{text}");
+    assert!(text.contains("@ working set"), "{text}");
     let mut memory = base(&folder);
     write_diff(&folder, "diff", &mut memory, (1, 40, 3));
     create(&folder, "diff", "base.snap", "1.snap", &[]);

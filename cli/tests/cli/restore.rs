@@ -540,8 +540,9 @@ fn interrupted_restore_writes_its_trace() {
         return;
     }
     packed(&folder, 3000);
-    // Nothing is touched, so that the recording, and prefetch after it, take long.
-    let args = ["restore", "s", "--touch", "none", "--record", "t"];
+    // So many touches of one page take long.
+    folder.write("order", "7\n".repeat(10_000_000).as_bytes());
+    let args = ["restore", "s", "--touch", "file:order", "--record", "t"];
     let mut restore = command(args)
         .current_dir(folder.path())
         .stdout(Stdio::null())

@@ -41,14 +41,16 @@ const FAR_FUTURE: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 /// When a recording of first touches ends by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RecordingOptions {
-    /// The maximum time. Default: 10 s.
+    /// The maximum time from the first touch on: an owner may wait before it does anything.
+    /// Default: 10 s.
     pub max_time: Duration,
     /// The maximum number of pages. A recording takes 32 bytes of memory for each, and one bit for
     /// each page of the snapshot. Default: a quarter of the pages of the snapshot, and at most
     /// [`RecordingOptions::MAX_PAGES`]. An owner that touches more has no working set.
     pub max_pages: Option<u64>,
-    /// The time after which a recording ends as soon as it has settled: when at most one twentieth
-    /// of its touches came in the second half of its time. `None` never settles. Default: 1 s.
+    /// The time from the first touch on after which a recording ends as soon as it has settled:
+    /// when at most one twentieth of its touches came in the second half of its time. `None` never
+    /// settles. Default: 1 s.
     pub settled_after: Option<Duration>,
 }
 
@@ -158,17 +160,20 @@ impl Record {
             settled_after,
             ..
         } = self.options;
-        let settled = settled_after.and_then(|least| {
+        let Some(first) = found.touches.first().map(|touch| touch.at) else {
+            return (self.begun + FAR_FUTURE, TraceEnd::TimeLimit);
+        };
+        let settled = settled_after.map(|least| {
             // The last touch before those that may come in the second half.
             let count = found.touches.len() - found.touches.len() / SETTLED_SHARE;
-            let last = found.touches.get(count.checked_sub(1)?)?.at;
-            Some(least.max(2 * last))
+            let last = found.touches[count - 1].at;
+            least.max(2 * last.saturating_sub(first))
         });
         let (after, end) = match settled {
             Some(settled) if settled < max_time => (settled, TraceEnd::Settled),
             _ => (max_time, TraceEnd::TimeLimit),
         };
-        let due = self.begun.checked_add(after);
+        let due = self.begun.checked_add(first.saturating_add(after));
         (due.unwrap_or_else(|| self.begun + FAR_FUTURE), end)
     }
 

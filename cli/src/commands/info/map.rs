@@ -154,7 +154,7 @@ impl fmt::Display for Drawing {
         add(alphabet.duplicate, map.total.duplicate, "duplicate");
         add(alphabet.ancestor, map.total.ancestor, "in ancestors");
         add(alphabet.unavailable, map.total.unavailable, "unavailable");
-        add(alphabet.hot, map.total.hot, "in a working set");
+        add(alphabet.hot, map.total.hot, "working set");
         writeln!(
             f,
             "map         each character is {} ({})",

@@ -106,6 +106,9 @@ pub(crate) fn restore(
             Some((touched, touching.elapsed()))
         }
     };
+    if let Some(trace) = &trace {
+        trace.stop();
+    }
     if args.prefetch != args::Prefetch::Off {
         restored.wait_complete();
     }

@@ -50,6 +50,11 @@ impl TraceWriter {
         })
     }
 
+    /// Ends the recording: nothing is touched any more.
+    pub(super) fn stop(&self) {
+        self.recording.stop();
+    }
+
     /// Ends the recording, and returns when the trace is written.
     pub(super) fn finish(mut self) -> Result<TraceReport> {
         self.end().unwrap_or_else(|| unreachable!("it ends once"))
