@@ -140,19 +140,19 @@ pub(crate) fn refuse_needed(target: &Path, layers: &args::Layers) -> Result<()> 
     Ok(())
 }
 
-/// Returns an error if the file of an open base has been replaced since, by `rebase` for example:
-/// a child of it would need a file that is gone.
-pub(crate) fn check_unchanged(path: &Path, base: &Snapshot) -> Result<()> {
+/// Returns an error if the file of an open snapshot has been replaced since, by `rebase` for
+/// example: a child of it would need a file that is gone, and a command that replaces it would undo
+/// the other.
+pub(crate) fn check_unchanged(path: &Path, snapshot: &Snapshot) -> Result<()> {
     let there = Layer::open_path(path)?;
-    if base
+    if snapshot
         .layer(0)
         .is_some_and(|own| own.claims_content_of(&there))
     {
         return Ok(());
     }
     bail!(
-        "{}: was replaced while the snapshot was written, which needs the file that was there \
-         before; repeat the command",
+        "{}: was replaced while the new file was made of what was there before; repeat the command",
         names::path(path)
     )
 }

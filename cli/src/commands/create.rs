@@ -357,14 +357,13 @@ fn optimize_written(
                 others += 1;
             }
             Err(TraceError::OtherContent { .. }) => {
-                let text = format!(
+                bail!(
                     "{}: the trace is of memory with {} page numbers, and this memory has {}; \
                      create the snapshot without --trace",
                     names::path(path),
                     trace.page_slots,
                     snapshot.page_slots()
                 );
-                return Err(Refusal::Usage(text).into());
             }
             result => result.map_err(trace::named(path))?,
         }

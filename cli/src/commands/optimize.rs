@@ -153,6 +153,9 @@ pub(crate) fn run(args: &args::Optimize, output: Output, cancel: &Cancel) -> Res
         .carry_out(target, to, &snapshot, (output, cancel))
         .map_err(|error| target::named(error, to))?;
     layers::refuse_needed(to, &args.layers)?;
+    if in_place {
+        layers::check_unchanged(to, &snapshot)?;
+    }
     target.complete()?;
     output.report(&OptimizeReport {
         file: names::exact(to),

@@ -83,6 +83,9 @@ pub(crate) fn run(args: &args::Rebase, output: Output, cancel: &Cancel) -> Resul
     let (target, rewritten) =
         rebase(target, &child, &base, options).map_err(|error| target::named(error.into(), to))?;
     layers::check_unchanged(&args.base, &base)?;
+    if in_place {
+        layers::check_unchanged(to, &child)?;
+    }
     layers::refuse_needed(to, &args.layers)?;
     target.complete()?;
     output.report(&RebaseReport {

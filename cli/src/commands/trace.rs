@@ -13,6 +13,7 @@ use snapshot_format::trace::{Comparison, TouchReason, Trace, TraceError, compare
 use crate::args::{self, TraceOp};
 use crate::exit::{Exit, Refusal};
 use crate::facts::hex;
+use crate::layers;
 use crate::names;
 use crate::output::{Output, percent};
 use crate::target;
@@ -296,6 +297,10 @@ fn merged(args: &args::TraceMerge) -> Result<MergeReport> {
     if target::is_stdout(&args.output) {
         return Err(Refusal::Usage("a trace is a file; name one to write".into()).into());
     }
+    for trace in &args.traces {
+        target::refuse_source(&args.output, trace)?;
+    }
+    layers::refuse_needed(&args.output, &args::Layers::default())?;
     let traces = read_all(&args.traces)?;
     for (path, trace) in args.traces.iter().zip(&traces).skip(1) {
         let first = (&traces[0], &args.traces[0]);

@@ -567,3 +567,26 @@ fn interrupted_restore_writes_its_trace() {
     assert_eq!(signal, Some(libc::SIGTERM), "{ended:?}");
     Trace::read_path(folder.file("t")).unwrap();
 }
+
+#[test]
+fn statistics_replace_no_file_that_is_read_or_needed() {
+    let folder = Folder::new();
+    if !possible(&folder, "statistics_replace_no_file_that_is_read_or_needed") {
+        return;
+    }
+    packed(&folder, 300);
+    folder.write("order", b"7\n");
+    let args = ["restore", "s", "--touch", "file:order", "--record", "t"];
+    for (path, why) in [
+        ("s", "is read to make the output"),
+        ("order", "is read to make the output"),
+        ("t", "name the same file"),
+    ] {
+        let args = [&args[..], &["--run-json", path]].concat();
+        run(&folder, &args).exits(2).says(&[why]);
+    }
+    assert!(!folder.file("t").exists());
+    run(&folder, &["verify", "s"]).exits(0);
+    let args = [&args[..], &["--run-json", "run.json"]].concat();
+    run(&folder, &args).exits(0);
+}

@@ -212,6 +212,9 @@ fn several_traces_are_merged() {
     // Equal median ranks: the lower number comes first.
     assert_eq!(merged.pages(), [5, 6]);
     run(&folder, &merge).exits(1).says(&["all exists already"]);
+    let over = ["trace", "merge", "1", "2", "-o", "1", "--force"];
+    let read = "is read to make the output";
+    run(&folder, &over).exits(2).says(&[read]);
     let usage = run(
         &folder,
         &["trace", "merge", "1", "-o", "x", "--min-share", "2"],

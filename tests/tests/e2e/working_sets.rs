@@ -71,12 +71,15 @@ fn record_optimize_restore(snapshot: &Path, raw: &Path, folder: &Path) {
     let recorded = Trace::read_path(&trace).unwrap();
     recorded.check_matches(&plain).unwrap();
     assert_eq!(recorded.present_at_start, 0);
-    let found: Vec<u64> = recorded.touches.iter().map(|touch| touch.page).collect();
+    // Long runs of zeros are left to the kernel, and their touches are not seen.
+    let is_stored = |page: &u64| matches!(content(&plain, *page), Page::Stored { .. });
+    let stored = |pages: &[u64]| -> Vec<u64> { pages.iter().copied().filter(is_stored).collect() };
+    let (found, wanted) = (stored(&recorded.pages()), stored(&wanted));
     if matches!(recorded.end, TraceEnd::Stopped | TraceEnd::Completed) {
         assert_eq!(found, wanted);
     } else {
         // On a slow machine the recording may end before the last touch.
-        assert!(found.len() > TOUCHES / 10, "{} touches", found.len());
+        assert!(found.len() > TOUCHES / 100, "{} touches", found.len());
         assert_eq!(found, wanted[..found.len()], "{}", recorded.end);
     }
 
@@ -94,8 +97,7 @@ fn record_optimize_restore(snapshot: &Path, raw: &Path, folder: &Path) {
     }
     // The working set alone is loaded before anything is touched.
     let report = restore(&optimized, "none", &["--prefetch", "working-set"]);
-    let stored = |page: &u64| matches!(content(&packed, *page), Page::Stored { .. });
-    let stored = found.iter().filter(|page| stored(page)).count() as u64;
+    let stored = found.len() as u64;
     let copied = number(&report, "pages_copied");
     assert!(copied >= stored, "{copied} of {stored} pages");
     assert!(copied < stored * 2, "{copied} pages for {stored}");

@@ -14,7 +14,7 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use snaprestore_engine::RecordingOptions;
 use snaprestore_engine::restore::{self, FailurePolicy, Restored, StartError};
 use snapshot_format::layout::PAGE_SIZE_U64;
-use snapshot_format::{FileStore, Snapshot, Store as _};
+use snapshot_format::{FileStore, ReadError, Snapshot, Store as _};
 
 use crate::args::{self, Touch};
 use crate::exit::{self, Exit, Refusal};
@@ -23,6 +23,7 @@ use crate::names;
 use crate::output::Output;
 use crate::progress::Progress;
 use crate::signals::Cancel;
+use crate::target;
 use crate::trace_file::TraceFile;
 use order::Order;
 use record::TraceWriter;
@@ -79,6 +80,10 @@ pub(crate) fn restore(
         Touch::Random => Some(Order::random(pages.count, args.seed)),
         Touch::File(path) => Some(Order::listed(path, &pages)?),
     };
+    if let Some(path) = &args.run_json {
+        refuse_run_json(path, args, &snapshot)?;
+    }
+    check_working_sets(args, &snapshot, output)?;
     let trace = args.record.as_deref().map(TraceFile::create).transpose()?;
     let began = Instant::now();
     let restored =
@@ -135,6 +140,44 @@ pub(crate) fn restore(
     );
     report.trace = trace.map(TraceWriter::finish).transpose()?;
     Ok(report)
+}
+
+/// Reports damage of the working sets. The one that was selected must be good; without the others,
+/// their pages come on demand.
+fn check_working_sets(args: &args::Restore, snapshot: &Snapshot, output: Output) -> Result<()> {
+    if let Some(name) = &args.working_set {
+        snapshot.working_set(name)?;
+    } else if args.prefetch != args::Prefetch::Off {
+        let check = || -> Result<(), ReadError> {
+            for set in snapshot.working_sets()? {
+                snapshot.working_set(&set.name)?;
+            }
+            Ok(())
+        };
+        if let Err(error) = check() {
+            output.warn(format_args!(
+                "warning: {error}; the pages of this working set are fetched without it"
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Refuses to replace a file that is read or needed by the statistics of the restore.
+fn refuse_run_json(path: &Path, args: &args::Restore, snapshot: &Snapshot) -> Result<()> {
+    target::refuse_source(path, &args.file)?;
+    if let Some(raw) = &args.check {
+        target::refuse_source(path, raw)?;
+    }
+    if let Touch::File(list) = &args.touch {
+        target::refuse_source(path, list)?;
+    }
+    if args.record.as_deref() == Some(path) {
+        let text = "--record and --run-json name the same file; name two files to write";
+        return Err(Refusal::Usage(text.into()).into());
+    }
+    layers::refuse_ancestor(path, snapshot)?;
+    layers::refuse_needed(path, &args.layers)
 }
 
 /// Opens the file to compare with, which must be as long as the memory.
