@@ -96,11 +96,14 @@ fn record_optimize_restore(snapshot: &Path, raw: &Path, folder: &Path) {
         }
     }
     // The working set alone is loaded before anything is touched.
-    let report = restore(&optimized, "none", &["--prefetch", "working-set"]);
+    let args = ["restore", text(&optimized), "--touch", "none"];
+    let report = done(args.iter().chain(&["--prefetch", "working-set"]));
     let stored = found.len() as u64;
     let copied = number(&report, "pages_copied");
     assert!(copied >= stored, "{copied} of {stored} pages");
-    assert!(copied < stored * 2, "{copied} pages for {stored}");
+    // Pages elsewhere with the same content come along. The plain file would bring ten neighbours
+    // for each page.
+    assert!(copied < stored * 4, "{copied} pages for {stored}");
 }
 
 #[test]
