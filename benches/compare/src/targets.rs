@@ -509,7 +509,7 @@ pub fn all(
     );
     add(
         "30",
-        "size of an optimised file, against the plain one",
+        "size of an optimized file, against the plain one",
         1.03,
         "",
         working_set::size_ratio(samples),
