@@ -5,7 +5,7 @@ use std::fmt;
 use indicatif::{BinaryBytes, HumanCount};
 use serde::Serialize;
 use snapshot_format::layout::{FORMAT_VERSION, PAGE_SIZE_U64};
-use snapshot_format::{Region, Snapshot, SnapshotId, Summary, Written};
+use snapshot_format::{Region, Snapshot, SnapshotId, Summary, Written, digest};
 
 use crate::output::{count, percent, ratio};
 
@@ -108,8 +108,8 @@ impl Facts {
         Self {
             snapshot_id: id.to_string(),
             format_version: FORMAT_VERSION,
-            content_digest: hex(&summary.content_digest),
-            state_digest: hex(&summary.state_digest),
+            content_digest: digest::hex(&summary.content_digest),
+            state_digest: digest::hex(&summary.state_digest),
             page_size: PAGE_SIZE_U64,
             pages: summary.pages,
             zero_pages: summary.zero_pages,
@@ -154,15 +154,6 @@ impl Facts {
             )
         }
     }
-}
-
-/// Formats bytes as lower-case hexadecimal digits.
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    use fmt::Write as _;
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
 }
 
 impl fmt::Display for Facts {
@@ -226,10 +217,5 @@ mod tests {
         assert_eq!(protection(3), "rw-p");
         assert_eq!(protection(0x105), "r-xs");
         assert_eq!(protection(0x100), "---s");
-    }
-
-    #[test]
-    fn hex_keeps_leading_zeros() {
-        assert_eq!(hex(&[0, 10, 255]), "000aff");
     }
 }

@@ -34,6 +34,11 @@ use crate::types::Region;
 /// A BLAKE3 hash.
 pub type Digest = [u8; 32];
 
+/// Formats a digest as 64 lower-case hexadecimal digits.
+pub fn hex(digest: &Digest) -> String {
+    blake3::Hash::from(*digest).to_string()
+}
+
 const FILL: &[u8] = b"snaprestore fill";
 const UNAVAILABLE: &[u8] = b"snaprestore unavailable";
 const BLOCK: &[u8] = b"snaprestore block";
@@ -185,6 +190,13 @@ pub fn state(content: &Digest, regions: &[Region], attachments: &[(&str, Digest)
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn hex_keeps_leading_zeros() {
+        let mut digest = [0; 32];
+        digest[30..].copy_from_slice(&[10, 255]);
+        assert_eq!(hex(&digest), format!("{}0aff", "0".repeat(60)));
+    }
 
     #[test]
     fn fills_are_found_and_only_fills() {

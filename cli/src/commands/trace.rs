@@ -7,12 +7,12 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Result, bail};
 use indicatif::{BinaryBytes, HumanCount};
 use serde::Serialize;
+use snapshot_format::digest;
 use snapshot_format::layout::PAGE_SIZE_U64;
 use snapshot_format::trace::{Comparison, TouchReason, Trace, TraceError, compare};
 
 use crate::args::{self, TraceOp};
 use crate::exit::{Exit, Refusal};
-use crate::facts::hex;
 use crate::layers;
 use crate::names;
 use crate::output::{Output, percent};
@@ -107,7 +107,7 @@ impl TraceFacts {
         };
         Self {
             file: names::exact(path),
-            content_digest: hex(&trace.content_digest),
+            content_digest: digest::hex(&trace.content_digest),
             page_slots: trace.page_slots,
             begun_unix_ms: u64::try_from(begun).unwrap_or(u64::MAX),
             end: trace.end.name(),
@@ -197,7 +197,7 @@ impl fmt::Display for TraceReport {
 struct CompareReport {
     a: TraceFacts,
     b: TraceFacts,
-    /// Whether both are of the same content.
+    /// Equality of the content of both.
     same_content: bool,
     common_pages: u64,
     only_a_pages: u64,

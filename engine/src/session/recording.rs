@@ -80,7 +80,7 @@ impl Default for RecordingOptions {
 /// The recordings of a session, of which one runs at a time.
 #[derive(Default)]
 pub(crate) struct Recorder {
-    /// Whether one runs. Checked by each fault.
+    /// Set while one runs. Checked by each fault.
     running: AtomicBool,
     latest: Mutex<Option<Arc<Record>>>,
 }

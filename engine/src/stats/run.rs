@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use snapshot_format::names::escape_path;
-use snapshot_format::{FileError, Snapshot, SnapshotFile};
+use snapshot_format::{FileError, Snapshot, SnapshotFile, digest};
 
 use super::{Stats, Timeline};
 
@@ -62,7 +62,7 @@ impl RunRecord {
             run_version: RUN_VERSION,
             what,
             snapshot_id: snapshot.id().to_string(),
-            content_digest: hex(&snapshot.summary().content_digest),
+            content_digest: digest::hex(&snapshot.summary().content_digest),
             map_us: mapped.map(micros),
             complete_us: statistics.complete.map(micros),
             pages_left_to_kernel: statistics.left_to_kernel,
@@ -84,15 +84,6 @@ impl RunRecord {
         file.write_all(&text).map_err(failed)?;
         Ok(file.commit()?)
     }
-}
-
-/// Formats bytes as lower-case hexadecimal digits.
-fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write as _;
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
 }
 
 fn micros(time: Duration) -> u64 {

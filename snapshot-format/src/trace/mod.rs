@@ -41,7 +41,7 @@ use std::time::{Duration, SystemTime};
 use zerocopy::{FromBytes, IntoBytes};
 
 pub use self::merge::{Comparison, MergeOptions, compare, merge};
-use crate::digest::Digest;
+use crate::digest::{Digest, hex};
 use crate::error::{Defect, Flaw};
 use crate::file::{FileError, SnapshotFile};
 use crate::layout::{
@@ -288,10 +288,6 @@ impl TraceError {
     pub fn is_unusable(&self) -> bool {
         self.is_damage() || matches!(self, Self::UnsupportedVersion { .. })
     }
-}
-
-fn hex(digest: &Digest) -> String {
-    blake3::Hash::from(*digest).to_string()
 }
 
 impl Trace {

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use snaprestore_engine::stats::{RUN_VERSION, RunRecord};
 use snapshot_format::trace::{Trace, TraceEnd};
-use snapshot_format::{FileStore, Region, Snapshot};
+use snapshot_format::{FileStore, Region, Snapshot, digest};
 
 use super::map::COLOURED_LAYERS;
 use crate::args;
@@ -45,7 +45,7 @@ pub(super) struct ReportFacts {
 /// A run of a restore of the memory.
 pub(super) struct RunFacts {
     pub(super) record: RunRecord,
-    /// Whether it read another file, with the same memory.
+    /// Reading of another file, with the same memory.
     pub(super) other_file: bool,
 }
 
@@ -172,7 +172,7 @@ fn read_run(path: &Path, snapshot: &Snapshot) -> Result<RunFacts> {
         None => bail!("{}", failed()),
     }
     let record: RunRecord = serde_json::from_value(value).with_context(failed)?;
-    let expected = crate::facts::hex(&snapshot.summary().content_digest);
+    let expected = digest::hex(&snapshot.summary().content_digest);
     if record.content_digest != expected {
         bail!(
             "{}: is of other memory: its content digest is {}, and that of {} is {expected}; name \
