@@ -107,7 +107,7 @@ pub struct SnapshotKind {
     /// Whether the snapshot is the end of the image's chain, in place of one file.
     #[serde(default)]
     pub layered: bool,
-    /// Whether `optimize` has packed the image's working set for itself.
+    /// Working set packed for itself, by `optimize`.
     #[serde(default)]
     pub optimized: bool,
 }

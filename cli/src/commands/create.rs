@@ -1,5 +1,7 @@
 //! `snaprestore create`: packs memory into a snapshot.
 
+mod rewrite;
+
 use std::collections::HashSet;
 use std::fmt;
 use std::fs::File;
@@ -16,16 +18,15 @@ use serde::Serialize;
 use snapshot_format::layout::{
     MAX_ANCESTORS, MAX_BLOBS, MAX_DICTIONARY_BYTES, MAX_NAME_BYTES, PAGE_SIZE, PAGE_SIZE_U64,
 };
-use snapshot_format::trace::{Trace, TraceError};
 use snapshot_format::{
-    DEFAULT_WORKING_SET, Dictionary, FileStore, RegionSpec, Snapshot, WriteError, Writer,
-    WriterOptions, Written, dictionary,
+    Dictionary, FileStore, RegionSpec, Snapshot, WriteError, Writer, WriterOptions, Written,
+    dictionary,
 };
 
 use snaprestore_uffd::memory::Mapping;
 
-use super::flatten::{self, RewriteFacts};
-use super::optimize::{self, WorkingSetFacts};
+use super::flatten::RewriteFacts;
+use super::optimize::WorkingSetFacts;
 use super::trace;
 use crate::args::{self, Holes};
 use crate::counterparts::{Counterpart, Counterparts};
@@ -228,7 +229,7 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
     let taken_pages = written.ancestor_pages;
     let (target, written, flattened) = match args.flatten_after.zip(settings.base.as_deref()) {
         Some((limit, base)) => {
-            flatten_beyond(limit, args, base, (target, written), (output, cancel))
+            rewrite::flatten_beyond(limit, args, base, (target, written), (output, cancel))
                 .map_err(|error| target::named(error, &args.output))?
         }
         None => (target, written, None),
@@ -238,7 +239,7 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
     } else {
         let base = settings.base.as_deref();
         let (target, written, set, remark) =
-            optimize_written(args, &traces, base, target, (output, cancel))
+            rewrite::optimize_written(args, &traces, base, target, (output, cancel))
                 .map_err(|error| target::named(error, &args.output))?;
         remarks.extend(remark);
         (target, written, Some(set))
@@ -302,96 +303,6 @@ fn away_from_ancestors(target: &mut Target, output: &Path) -> Result<Option<Rema
         ),
         warning: false,
     }))
-}
-
-/// Flattens a child that is written but has no name yet, if it needs more than `limit` files.
-fn flatten_beyond(
-    limit: u16,
-    args: &args::Create,
-    base: &Snapshot,
-    (mut target, written): (Target, Written),
-    (output, cancel): (Output, &Cancel),
-) -> Result<(Target, Written, Option<Flattened>)> {
-    let Some(file) = target.open_again()? else {
-        return Ok((target, written, None));
-    };
-    let child = Arc::new(layers::open_child(file, &args.output, base)?);
-    let ancestors = child.ancestors().len();
-    if ancestors <= limit.into() {
-        return Ok((target, written, None));
-    }
-    let packing = args::Packing {
-        level: args.level,
-        threads: args.threads,
-    };
-    let options = flatten::options(&packing, &child, (output, "flattening"), cancel);
-    let flat = Target::create(&args.output, args.force, cancel)?;
-    let (flat, rewritten) = snapshot_format::flatten(flat, &child, options)?;
-    let rewrite = RewriteFacts::of(&rewritten);
-    let flattened = Flattened {
-        ancestors,
-        limit,
-        rewrite,
-    };
-    Ok((flat, rewritten.written, Some(flattened)))
-}
-
-/// Optimizes a snapshot that is written but has no name yet. Returns a remark if the traces are of
-/// other content.
-fn optimize_written(
-    args: &args::Create,
-    traces: &[Trace],
-    base: Option<&Snapshot>,
-    mut target: Target,
-    (output, cancel): (Output, &Cancel),
-) -> Result<(Target, Written, WorkingSetFacts, Option<Remark>)> {
-    let file = target.open_again()?.context("the output cannot be read")?;
-    let snapshot = match base {
-        Some(base) => layers::open_child(file, &args.output, base)?,
-        None => Snapshot::open(Arc::new(FileStore::from_file(file, &args.output)))?,
-    };
-    let mut others = 0;
-    for (path, trace) in args.traces.iter().zip(traces) {
-        match trace.check_matches(&snapshot) {
-            Err(TraceError::OtherContent { .. }) if trace.page_slots == snapshot.page_slots() => {
-                others += 1;
-            }
-            Err(TraceError::OtherContent { .. }) => {
-                bail!(
-                    "{}: the trace is of memory with {} page numbers, and this memory has {}; \
-                     create the snapshot without --trace",
-                    names::path(path),
-                    trace.page_slots,
-                    snapshot.page_slots()
-                );
-            }
-            result => result.map_err(trace::named(path))?,
-        }
-    }
-    let packing = args::Packing {
-        level: args.level,
-        threads: args.threads,
-    };
-    let plan = optimize::Plan {
-        name: DEFAULT_WORKING_SET,
-        traces,
-        merging: args::Merging::default(),
-        packing: &packing,
-    };
-    let snapshot = Arc::new(snapshot);
-    let new = Target::create(&args.output, args.force, cancel)?;
-    let (new, optimized) = plan.carry_out(new, &args.output, &snapshot, (output, cancel))?;
-    let set = WorkingSetFacts::of(&optimized, DEFAULT_WORKING_SET, traces.len());
-    let remark = (others > 0).then(|| Remark {
-        key: "traces.other_content",
-        value: others.to_string(),
-        text: format!(
-            "{} of other content: their order is used for this one, as the page numbers agree",
-            count(others, "trace")
-        ),
-        warning: false,
-    });
-    Ok((new, optimized.rewritten.written, set, remark))
 }
 
 impl WriteSettings {

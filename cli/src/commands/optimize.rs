@@ -35,7 +35,7 @@ struct OptimizeReport {
     old_file_bytes: u64,
     /// Id of the snapshot before.
     old_snapshot_id: String,
-    /// Whether the file was replaced.
+    /// Replacement of the file that was read.
     #[serde(skip)]
     in_place: bool,
     elapsed_ms: u64,

@@ -204,7 +204,7 @@ pub(crate) struct Worker {
     /// The daemon's user.
     user: u32,
     cores: usize,
-    /// Whether the supervisor wants the records of sessions.
+    /// Records of sessions are sent to the supervisor.
     run_records: bool,
     pub(crate) services: Mutex<BTreeMap<u64, Arc<OpenService>>>,
     /// Ancestors of snapshots that have not been announced yet, by service.
