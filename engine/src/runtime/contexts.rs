@@ -2,8 +2,8 @@
 //!
 //! A context has buffers of some MiB. Waiting threads need none, and with many sessions most
 //! threads wait. Therefore a fault thread borrows a context for each fault, and a prefetch thread
-//! for each task. There are as many contexts as are in use at once, or a few more, which keep the
-//! frames that they decoded last for the session that used them. They are dropped with the last
+//! for each task. There are as many contexts as are in use at once, and a few idle ones, which keep
+//! the frames that they decoded last for the session that used them. They are dropped with the last
 //! session, and their memory is returned to the system.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,7 +16,8 @@ use super::prefetcher::Pool;
 /// The contexts of a pool.
 pub(super) struct ContextPool {
     state: Mutex<State>,
-    /// Number of contexts that are kept even if nobody uses them.
+    /// Maximum number of idle contexts. Those in use don't count: threads that are preempted hold
+    /// theirs, and creating one takes longer than serving a fault.
     most: usize,
 }
 
@@ -67,7 +68,7 @@ impl ContextPool {
     fn give_back(&self, context: ThreadContext<SnapshotImage>) {
         let mut state = self.state();
         state.idle.push(context);
-        let is_one_too_many = state.total > self.most || state.sessions == 0;
+        let is_one_too_many = state.idle.len() > self.most || state.sessions == 0;
         let unwanted = is_one_too_many.then(|| state.idle.remove(0));
         state.total -= usize::from(is_one_too_many);
         drop(state);
@@ -120,5 +121,41 @@ impl Drop for PoolUser {
             drop(unwanted);
             trim_heap();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use snapshot_format::{MemoryStore, RegionSpec, Snapshot, Writer, WriterOptions};
+
+    use super::*;
+
+    fn image() -> SnapshotImage {
+        let mut writer = Writer::new(Vec::new(), WriterOptions::default()).unwrap();
+        writer.begin_region(&RegionSpec::default()).unwrap();
+        writer.write_pages(&[7; 4096]).unwrap();
+        let (bytes, _) = writer.finish().unwrap();
+        let snapshot = Snapshot::open(Arc::new(MemoryStore::new(bytes))).unwrap();
+        SnapshotImage::new(Arc::new(snapshot), None).unwrap()
+    }
+
+    #[test]
+    fn contexts_in_use_do_not_take_the_places_of_idle_ones() {
+        let (pool, image) = (ContextPool::new(2), image());
+        pool.state().sessions = 1;
+        let mut lent: Vec<_> = (0..5).map(|_| pool.lend(&image)).collect();
+        // The next thread gets the context of the last one, however many others are in use.
+        pool.give_back(lent.pop().unwrap());
+        let count = |pool: &ContextPool| {
+            let state = pool.state();
+            (state.total, state.idle.len())
+        };
+        assert_eq!(count(&pool), (5, 1));
+        lent.push(pool.lend(&image));
+        assert_eq!(count(&pool), (5, 0));
+        for context in lent {
+            pool.give_back(context);
+        }
+        assert_eq!(count(&pool), (2, 2));
     }
 }
