@@ -94,21 +94,28 @@ impl<P: Platform, I: Image> Session<P, I> {
     }
 
     /// Reads the frames of the absent pages of `pages` and `then` ahead, as far as they lie
-    /// together.
+    /// together. Only some of the pages are looked up: two in each frame, if all of its pages are
+    /// wanted.
     fn read_ahead(
         &self,
         context: &mut ThreadContext<I>,
         pages: Range<PageNumber>,
         then: &[Range<PageNumber>],
     ) {
-        let pages = std::iter::once(pages).chain(then.iter().cloned());
-        let absent = pages
-            .flatten()
-            .filter(|page| self.state.status(*page) == Status::Absent);
-        let frames = absent.map_while(|page| match self.image.content(page, Reason::Prefetch) {
+        let frame = |page| match self.image.content(page, Reason::Prefetch) {
             Ok(Content::Stored(frame, _)) => Some(frame),
             _ => None,
-        });
+        };
+        let pages = std::iter::once(pages).chain(then.iter().cloned());
+        let mut absent = pages
+            .flatten()
+            .filter(|page| self.state.status(*page) == Status::Absent);
+        let Some(first) = absent.next().and_then(frame) else {
+            return;
+        };
+        let step = usize::from(self.image.slots(&first) / 2).max(1);
+        let others = absent.skip(step - 1).step_by(step).map_while(frame);
+        let frames = std::iter::once(first).chain(others);
         self.image.read_ahead(&mut context.decoder, frames);
     }
 
