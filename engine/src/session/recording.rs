@@ -93,7 +93,12 @@ impl Recorder {
 
     /// Returns the recording that runs.
     fn current(&self) -> Option<Arc<Record>> {
-        self.running.load(Relaxed).then(|| self.latest()).flatten()
+        self.is_running().then(|| self.latest()).flatten()
+    }
+
+    /// Returns whether a recording runs.
+    pub(crate) fn is_running(&self) -> bool {
+        self.running.load(Relaxed)
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Arc<Record>>> {

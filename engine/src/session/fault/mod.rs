@@ -33,7 +33,7 @@ pub(crate) mod queue;
 pub(crate) mod read;
 pub(crate) mod retries;
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use snapshot_format::Reason;
 
@@ -45,6 +45,10 @@ use crate::session::fault::queue::Fault;
 use crate::session::platform::{Image, Installed, PAGE, Platform, Waited};
 use crate::session::state::Status;
 use crate::session::stats::{FaultKind, FaultTrace, add};
+
+/// Time for which a thread polls for the next fault before it sleeps, while a recording runs: waking
+/// a thread on an idle core takes longer than installing one page.
+const POLL_TIME: Duration = Duration::from_micros(20);
 
 impl<P: Platform, I: Image> Session<P, I> {
     /// Serves faults until the session ends, as thread `number` of the session.
@@ -86,6 +90,10 @@ impl<P: Platform, I: Image> Session<P, I> {
             if self.complete_if_settled() {
                 return None;
             }
+            // Each touch faults.
+            if self.recorder.is_running() && self.poll_for_fault() {
+                continue;
+            }
             let timeout = next_due.map(|due| due.saturating_duration_since(Instant::now()));
             match self.platform.wait_readable(timeout) {
                 Waited::Ready => {
@@ -98,6 +106,18 @@ impl<P: Platform, I: Image> Session<P, I> {
                 }
             }
         }
+    }
+
+    /// Polls for a message for [`POLL_TIME`]. Returns whether to look for a fault again.
+    fn poll_for_fault(&self) -> bool {
+        let until = Instant::now() + POLL_TIME;
+        while Instant::now() < until {
+            if self.read_events(0) > 0 || !self.queue.is_empty() || self.is_ending() {
+                return true;
+            }
+            std::thread::yield_now();
+        }
+        false
     }
 
     /// Looks up the page of one fault, and loads it if it is absent.
