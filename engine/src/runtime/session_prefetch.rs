@@ -257,7 +257,9 @@ impl Feed {
             Prefetch::Pages(runs) => runs.clone(),
             Prefetch::Off => Vec::new(),
             Prefetch::WorkingSet | Prefetch::All => {
-                working_sets(session, self.plan.working_set.as_deref())
+                let runs = working_sets(session, self.plan.working_set.as_deref());
+                session.image.leave_out_of_notes(&runs);
+                runs
             }
         };
         for range in &mut ranges {

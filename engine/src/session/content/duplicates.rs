@@ -10,18 +10,23 @@
 //! further confirmation. Nothing is allocated after the start: when the table is full, each page
 //! that is not in it costs a decode.
 //!
+//! A page of a working set is loaded with its own frame, which lists it, so it is not noted. Its
+//! frame lies at the front of the file: by the order of the frames, each such page would look like
+//! a repetition.
+//!
 //! The page list of an ancestor's frame has the page numbers of another file. The pages beside the
 //! wanted one, in its index block, come from that block instead, so only those of other blocks are
 //! noted: pages that repeat an older frame, and those at the ends of a block, whose frame may have
 //! pages in the next or the previous block.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use snapshot_format::layout::PAGES_PER_BLOCK_U64;
 use snapshot_format::{FrameRef, IndexBlock};
 
-use crate::session::platform::Run;
+use crate::session::platform::{PageNumber, Run};
 
 /// Maximum number of runs that are noted; they take 1.5 MiB.
 const MAX_RUNS: usize = 1 << 15;
@@ -34,6 +39,8 @@ const END: u32 = u32::MAX;
 pub(crate) struct Duplicates {
     /// One bit per index block, set once the block was noted.
     seen: Box<[AtomicU64]>,
+    /// Pages that are not noted, by page number, once they are known.
+    left_out: OnceLock<Box<[Range<PageNumber>]>>,
     table: Mutex<Table>,
 }
 
@@ -76,6 +83,7 @@ impl Duplicates {
             seen: (0..blocks.div_ceil(64))
                 .map(|_| AtomicU64::new(0))
                 .collect(),
+            left_out: OnceLock::new(),
             table: Mutex::new(Table {
                 chains: vec![END; CHAINS].into(),
                 noted: Vec::with_capacity(MAX_RUNS),
@@ -83,6 +91,23 @@ impl Duplicates {
                 newest: vec![0; layers].into(),
             }),
         }
+    }
+
+    /// Leaves `pages` out of the notes from now on. Only the first call has an effect.
+    pub(crate) fn leave_out(&self, pages: &[Range<PageNumber>]) {
+        self.left_out.get_or_init(|| {
+            let mut pages = pages.to_vec();
+            pages.sort_unstable_by_key(|range| range.start);
+            // Working sets may overlap.
+            pages.dedup_by(|next, range| {
+                let overlaps = next.start <= range.end;
+                if overlaps {
+                    range.end = range.end.max(next.end);
+                }
+                overlaps
+            });
+            pages.into()
+        });
     }
 
     /// Returns whether this is the first look at `block`, and marks it as seen. If so, the caller
@@ -107,6 +132,8 @@ impl Duplicates {
     pub(crate) fn note(&self, number: u64, block: &IndexBlock) {
         let mut table = self.lock();
         let first = number * PAGES_PER_BLOCK_U64;
+        let left_out = self.left_out.get().map_or(&[][..], |ranges| ranges);
+        let mut left_out = &left_out[left_out.partition_point(|range| range.end <= first)..];
         let mut newest = std::mem::take(&mut table.newest);
         if number != table.next_block {
             newest.fill(0);
@@ -141,6 +168,12 @@ impl Duplicates {
                 *newest = (*newest).max(offset);
                 offset < *newest
             });
+            while left_out.first().is_some_and(|range| range.end <= page) {
+                left_out = &left_out[1..];
+            }
+            if left_out.first().is_some_and(|range| range.start <= page) {
+                continue;
+            }
             if is_older || layer != 0 && ends.contains(&Some(frame)) {
                 let count = 1;
                 open = Some((frame, Run { page, slot, count }));
@@ -247,6 +280,29 @@ mod tests {
         let mut runs = Vec::with_capacity(100);
         notes.take(frame, most, &mut runs);
         runs
+    }
+
+    #[test]
+    fn pages_that_are_left_out_are_not_noted() {
+        let snapshot = snapshot();
+        let all: usize = noted_pages(&noted(&snapshot, 0..4)).len();
+        assert_eq!(all, 1024);
+        let notes = Duplicates::new(snapshot.block_count(), 1);
+        // Overlapping, and in any order; the last one ends in the middle of block 3.
+        notes.leave_out(&[1600..1700, 1024..1030, 1020..1025, 1650..1660, 1690..1801]);
+        for block in 0..4 {
+            notes.note(block, &snapshot.index_block(block, Reason::Demand).unwrap());
+        }
+        let expected: Vec<u64> = (1030..1600).chain(1801..2048).collect();
+        assert_eq!(noted_pages(&notes), expected);
+    }
+
+    fn noted_pages(notes: &Duplicates) -> Vec<u64> {
+        let table = notes.lock();
+        let runs = table.noted.iter().map(|noted| noted.run.pages());
+        let mut pages: Vec<u64> = runs.flatten().collect();
+        pages.sort_unstable();
+        pages
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! A snapshot as the content source of a session.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use snapshot_format::layout::{
@@ -18,8 +18,9 @@ use crate::session::failure::{Failure, FailureKind};
 use crate::session::platform::{Content, FrameId, Image, PageNumber, Run};
 
 /// Decoded bytes that each thread keeps for pages whose content is shared by many: their frame is
-/// wanted repeatedly, and its list doesn't name all of them.
-const MAX_KEPT_BYTES: usize = 2 << 20;
+/// wanted repeatedly, and its list doesn't name all of them. More would not fit into the cache of a
+/// core: with 2 MiB, a fault takes half as long again, and a restore decodes hardly less.
+const MAX_KEPT_BYTES: usize = 512 << 10;
 
 /// Decoded bytes that a session without shared frames keeps while a recording runs.
 const MAX_RECORDING_BYTES: u64 = 512 << 20;
@@ -39,6 +40,8 @@ pub(crate) struct SnapshotImage {
     shared: Option<Arc<SharedFrames>>,
     /// Frames that this session keeps while a recording runs, if it shares none.
     kept: Mutex<Option<Arc<SharedFrames>>>,
+    /// Whether there are any: checked for each frame without taking the lock.
+    is_recording: AtomicBool,
     bytes_read: AtomicU64,
     bytes_decoded: AtomicU64,
 }
@@ -110,6 +113,7 @@ impl SnapshotImage {
             snapshot,
             shared: shared.map(Arc::new),
             kept: Mutex::default(),
+            is_recording: AtomicBool::new(false),
             bytes_read: AtomicU64::new(0),
             bytes_decoded: AtomicU64::new(0),
         })
@@ -169,10 +173,7 @@ impl SnapshotImage {
         if decoder.frame_bytes != frame_bytes || decoder.kept.len() != count {
             decoder.kept.clear();
         }
-        decoder.kept.resize_with(count, || Kept {
-            bytes: vec![0; frame_bytes],
-            ..Kept::default()
-        });
+        decoder.kept.resize_with(count, Kept::default);
         for kept in &mut decoder.kept {
             (kept.frame, kept.shared) = (None, None);
         }
@@ -197,6 +198,11 @@ impl SnapshotImage {
             }
         }
         Some(blocks.end)
+    }
+
+    /// Leaves the pages of working sets out of those notes.
+    pub(crate) fn leave_out_of_notes(&self, pages: &[Range<PageNumber>]) {
+        self.duplicates.leave_out(pages);
     }
 
     fn note_block(&self, number: u64, reason: Reason) {
@@ -233,7 +239,11 @@ impl SnapshotImage {
 
     /// Returns the frames that were decoded earlier, if any are kept.
     fn frames(&self) -> Option<Arc<SharedFrames>> {
-        self.shared.clone().or_else(|| self.kept().clone())
+        let kept = || {
+            let is_recording = self.is_recording.load(Relaxed);
+            is_recording.then(|| self.kept().clone()).flatten()
+        };
+        self.shared.clone().or_else(kept)
     }
 
     /// Locks the frames of a recording, which are consistent after every statement.
@@ -479,6 +489,7 @@ impl Image for SnapshotImage {
             Arc::new(frames)
         });
         let before = std::mem::replace(&mut *self.kept(), frames);
+        self.is_recording.store(keep, Relaxed);
         drop(before);
     }
 
