@@ -120,11 +120,11 @@ impl TryFrom<Columns> for Timeline {
 pub(crate) struct TimelineRecorder {
     /// End of the current bucket, in microseconds since the start.
     until_us: AtomicU64,
-    buckets: Mutex<Recorded>,
+    buckets: Mutex<TimelineState>,
 }
 
 #[derive(Debug)]
-struct Recorded {
+struct TimelineState {
     bucket_us: u64,
     /// The buckets up to the current one, which is the last.
     buckets: Vec<TimelineBucket>,
@@ -136,7 +136,7 @@ impl Default for TimelineRecorder {
     fn default() -> Self {
         Self {
             until_us: AtomicU64::new(FIRST_BUCKET_US),
-            buckets: Mutex::new(Recorded {
+            buckets: Mutex::new(TimelineState {
                 bucket_us: FIRST_BUCKET_US,
                 buckets: vec![TimelineBucket::default()],
                 counted: TimelineBucket::default(),
@@ -171,7 +171,7 @@ impl TimelineRecorder {
     }
 }
 
-impl Recorded {
+impl TimelineState {
     /// Adds what was counted since the last time to the current bucket.
     fn count(&mut self, counters: TimelineBucket) {
         let new = counters.minus(self.counted);
