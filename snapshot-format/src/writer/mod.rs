@@ -524,14 +524,14 @@ impl<W: Write> Writer<W> {
         let Gather {
             given,
             buffer,
-            stretches,
+            base_runs,
         } = std::mem::take(&mut self.gather);
         if given.is_empty() {
             return Ok(());
         }
         let region = self.regions.len() - 1;
         let buffer = buffer.map(Arc::new);
-        let base = self.base.clone().map(|base| (base, stretches));
+        let base = self.base.clone().map(|base| (base, base_runs));
         self.stage.workers.examine(given, buffer.clone(), base);
         self.enqueue(QueueEntry::Block { region, buffer })
     }

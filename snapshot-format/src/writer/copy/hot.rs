@@ -51,8 +51,8 @@ use crate::writer::frame::Sealed;
 
 /// Maximum number of hot pages. Further ones stay where they are.
 const MAX_HOT_PAGES: usize = 1 << 26;
-/// Number of hot pages that are gathered together: 64 MiB.
-const GATHERED_PAGES: usize = 1 << 14;
+/// Maximum number of hot pages that are gathered together: 64 MiB.
+const MAX_GATHERED_PAGES: usize = 1 << 14;
 /// Percentage of the slots of an ancestor's frame that must be hot for them to stay there.
 const MIN_PERCENT_HOT: usize = 50;
 
@@ -113,11 +113,11 @@ impl Default for Wanted {
     }
 }
 
-/// Pages that were met, by block.
+/// A set of pages: one bitmap for each block with pages.
 #[derive(Default)]
-struct Met(HashMap<u64, [u64; PAGES_PER_BLOCK / 64]>);
+struct SparseBitmap(HashMap<u64, [u64; PAGES_PER_BLOCK / 64]>);
 
-impl Met {
+impl SparseBitmap {
     /// Returns whether the page is new.
     fn insert(&mut self, page: u64) -> bool {
         let bits = self.0.entry(page / PAGES_PER_BLOCK_U64).or_default();
@@ -129,7 +129,7 @@ impl Met {
         is_new
     }
 
-    fn has_all(&self, block: u64) -> bool {
+    fn is_full(&self, block: u64) -> bool {
         let bits = self.0.get(&block);
         bits.is_some_and(|bits| bits.iter().all(|word| *word == u64::MAX))
     }
@@ -144,12 +144,12 @@ impl Wanted {
         others: &[Vec<WorkingSetRun>],
         frame_pages: usize,
     ) -> Self {
-        let mut met = Met::default();
+        let mut listed = SparseBitmap::default();
         let has = |page| sections::region_of(snapshot.regions(), page).is_some();
         let mut order: Vec<u64> = pages
             .iter()
             .copied()
-            .filter(|page| has(*page) && met.insert(*page))
+            .filter(|page| has(*page) && listed.insert(*page))
             .take(MAX_HOT_PAGES)
             .collect();
         let of_first = order.len();
@@ -159,8 +159,8 @@ impl Wanted {
             while page < end && order.len() < MAX_HOT_PAGES {
                 let block = page / PAGES_PER_BLOCK_U64;
                 let next = end.min((block + 1) * PAGES_PER_BLOCK_U64);
-                if snapshot.top(block) == Top::Block && !met.has_all(block) {
-                    order.extend((page..next).filter(|page| has(*page) && met.insert(*page)));
+                if snapshot.top(block) == Top::Block && !listed.is_full(block) {
+                    order.extend((page..next).filter(|page| has(*page) && listed.insert(*page)));
                 }
                 page = next;
             }
@@ -398,7 +398,7 @@ impl CopySource {
         let here = self.hot.frames[from..].iter_mut().take_while(|frame| {
             let before = gathered;
             gathered += frame.sources.len();
-            before == 0 || gathered <= GATHERED_PAGES
+            before == 0 || gathered <= MAX_GATHERED_PAGES
         });
         let mut frames: Vec<_> = here
             .map(|frame| {
