@@ -22,7 +22,7 @@ pub(crate) struct TraceFile {
 
 /// Report of a recording. The field names are part of the command's interface.
 #[derive(Debug, Serialize)]
-pub(crate) struct TraceReport {
+pub(crate) struct RecordingReport {
     file: String,
     touches: u64,
     /// Number of pages that were present before, whose touches were not seen.
@@ -45,12 +45,12 @@ impl TraceFile {
     }
 
     /// Writes the trace, and gives the file its name.
-    pub(crate) fn write(mut self, trace: &Trace) -> Result<TraceReport> {
+    pub(crate) fn write(mut self, trace: &Trace) -> Result<RecordingReport> {
         let named = || names::path(&self.path);
         self.file.write_all(&trace.to_bytes()).with_context(named)?;
         self.file.commit()?;
         let last = trace.touches.last().map_or(Duration::ZERO, |last| last.at);
-        Ok(TraceReport {
+        Ok(RecordingReport {
             file: names::exact(&self.path),
             touches: trace.touches.len() as u64,
             present_at_start: trace.present_at_start,
@@ -61,7 +61,7 @@ impl TraceFile {
     }
 }
 
-impl fmt::Display for TraceReport {
+impl fmt::Display for RecordingReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,

@@ -150,7 +150,7 @@ pub(crate) fn run(args: &args::Optimize, output: Output, cancel: &Cancel) -> Res
         packing: &args.packing,
     };
     let (target, optimized) = plan
-        .carry_out(target, to, &snapshot, (output, cancel))
+        .execute(target, to, &snapshot, (output, cancel))
         .map_err(|error| target::named(error, to))?;
     layers::refuse_needed(to, &args.layers)?;
     if in_place {
@@ -197,7 +197,7 @@ pub(crate) struct Plan<'a> {
 
 impl Plan<'_> {
     /// Optimizes `snapshot` into `target`, which will be named `path`, and verifies the result.
-    pub(crate) fn carry_out(
+    pub(crate) fn execute(
         &self,
         target: Target,
         path: &Path,

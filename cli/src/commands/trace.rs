@@ -20,7 +20,7 @@ use crate::target;
 
 pub(crate) fn run(args: &args::Trace, output: Output) -> Result<Exit> {
     match &args.op {
-        TraceOp::Show(show) => output.report(&TraceReport {
+        TraceOp::Show(show) => output.report(&ShowReport {
             trace: TraceFacts::of(&show.file, &Trace::read_path(&show.file)?),
         })?,
         TraceOp::Compare(compare) => output.report(&compared(compare)?)?,
@@ -80,7 +80,7 @@ struct TraceFacts {
 }
 
 #[derive(Serialize)]
-struct TraceReport {
+struct ShowReport {
     #[serde(flatten)]
     trace: TraceFacts,
 }
@@ -150,7 +150,7 @@ fn date(unix_ms: u64) -> String {
     format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02} UTC")
 }
 
-impl fmt::Display for TraceReport {
+impl fmt::Display for ShowReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let trace = &self.trace;
         writeln!(f, "content     {}", trace.content_digest)?;

@@ -19,7 +19,7 @@ const COLUMNS: usize = 64;
 const SIDE: u64 = 20;
 const DRAWN: u64 = 18;
 /// Maximum number of ancestors with a colour of their own.
-pub(super) const COLOURED_LAYERS: usize = 5;
+pub(super) const MAX_COLOURED_LAYERS: usize = 5;
 
 /// A way to colour the cells.
 struct View {
@@ -71,7 +71,7 @@ fn shares(view: &str, cell: &Cell, layers: &[u16]) -> Vec<(&'static str, u64)> {
 }
 
 /// The classes of the file itself, of the ancestors that hold most pages, and of all others.
-const LAYER_CLASSES: [&str; COLOURED_LAYERS + 2] = ["l0", "l1", "l2", "l3", "l4", "l5", "l9"];
+const LAYER_CLASSES: [&str; MAX_COLOURED_LAYERS + 2] = ["l0", "l1", "l2", "l3", "l4", "l5", "l9"];
 
 /// Classes of a cell's compression with their upper limits, in tenths.
 const RATIO_CLASSES: [(&str, u64, &str); 5] = [

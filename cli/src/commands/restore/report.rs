@@ -13,7 +13,7 @@ use snapshot_format::{Page, ReadError, Reason, Snapshot};
 use super::touch::Touched;
 use crate::exit::Exit;
 use crate::output::{count, micros};
-use crate::trace_file::TraceReport;
+use crate::trace_file::RecordingReport;
 
 /// Maximum number of bad places listed for people.
 const MAX_LISTED: usize = 20;
@@ -50,7 +50,7 @@ pub(crate) struct RestoreReport {
     failures: Vec<Bad>,
     /// The trace that was recorded.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) trace: Option<TraceReport>,
+    pub(super) trace: Option<RecordingReport>,
 }
 
 /// A place in the file that could not be used, and the pages affected by it.
