@@ -47,7 +47,7 @@ use crate::layout::{
 use crate::snapshot::{FrameDecoder, Snapshot};
 use crate::store::Reason;
 use hot::Hot;
-pub(super) use hot::{HotPages, Wanted};
+pub(super) use hot::Wanted;
 
 /// Percentage of a frame's slots that must be in use for it to be copied as it is.
 ///
@@ -80,14 +80,18 @@ pub(super) struct CopySource {
     record_buffers: Arc<RecordBuffers>,
 }
 
-/// The purpose of a copy.
-pub(super) enum Purpose<'a> {
+/// The kind of a rewrite.
+pub(super) enum RewriteMode<'a> {
     /// A file that needs no other.
-    OneFile,
+    Flatten,
     /// A child of another base. `old_base` is the name of the one so far, for messages.
-    NewBase { old_base: &'a str },
-    /// A file of the same ancestors, if any, with hot pages at its front.
-    Hot(Wanted),
+    Rebase {
+        base: &'a Arc<Snapshot>,
+        old_base: String,
+    },
+    /// A file of the same ancestors, if any, with hot pages at its front: the working set `name`,
+    /// and then those of the other sets.
+    Optimize { wanted: Wanted, name: &'a str },
 }
 
 /// Layer and offset of a frame.
@@ -160,17 +164,17 @@ impl CopySource {
     pub(super) fn plan(
         snapshot: &Arc<Snapshot>,
         base: Option<&Arc<Base>>,
-        purpose: Purpose<'_>,
+        mode: RewriteMode<'_>,
         workers: &Workers,
     ) -> Result<Self, WriteError> {
         snapshot.prepare().map_err(WriteError::Copied)?;
-        let (new_base, hot) = match purpose {
-            Purpose::OneFile => (None, Hot::default()),
-            Purpose::NewBase { old_base } => {
+        let (new_base, hot) = match mode {
+            RewriteMode::Flatten => (None, Hot::default()),
+            RewriteMode::Rebase { old_base, .. } => {
                 let base = base.map(|base| NewBase::new(snapshot, base, old_base));
                 (base, Hot::default())
             }
-            Purpose::Hot(wanted) => (None, Hot::new(wanted, base)),
+            RewriteMode::Optimize { wanted, .. } => (None, Hot::new(wanted, base)),
         };
         let mut source = Self {
             recorded: block_digests(snapshot).map_err(WriteError::Copied)?,
@@ -639,7 +643,7 @@ impl Planned {
 }
 
 impl NewBase {
-    fn new(snapshot: &Snapshot, base: &Arc<Base>, old_base: &str) -> Self {
+    fn new(snapshot: &Snapshot, base: &Arc<Base>, old_base: String) -> Self {
         let there = base.snapshot().regions();
         let counterparts = snapshot.regions().iter().map(|region| {
             let mut same = there.iter().filter(|other| {
@@ -653,7 +657,7 @@ impl NewBase {
         Self {
             counterparts: counterparts.collect(),
             base: Arc::clone(base),
-            old_base: old_base.to_owned(),
+            old_base,
         }
     }
 }

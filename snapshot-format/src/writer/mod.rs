@@ -41,8 +41,8 @@ pub use base::BaseDamage;
 pub use error::WriteError;
 pub use options::{Dictionary, RegionSpec, WriterOptions};
 pub use rewrite::{
-    DEFAULT_WORKING_SET, OptimizeOptions, Optimized, RewriteOptions, Rewritten, flatten, optimize,
-    rebase,
+    DEFAULT_WORKING_SET, OptimizeOptions, Optimized, RewriteOptions, Rewritten, WorkingSetStats,
+    flatten, optimize, rebase,
 };
 
 use self::base::{Base, UsedLayers};

@@ -44,10 +44,10 @@ use crate::layout::{PAGE_SIZE, PAGES_PER_BLOCK, PAGES_PER_BLOCK_U64};
 use crate::sections;
 use crate::snapshot::Snapshot;
 use crate::types::{Region, WorkingSetRun};
-use crate::writer::WriteError;
 use crate::writer::base::{Base, BasePage};
 use crate::writer::block::{Examined, Seen};
 use crate::writer::frame::Sealed;
+use crate::writer::{WorkingSetStats, WriteError};
 
 /// Maximum number of hot pages. Further ones stay where they are.
 const MAX_HOT_PAGES: usize = 1 << 26;
@@ -66,19 +66,6 @@ pub(in crate::writer) struct Wanted {
     by_page: Vec<(u64, u32)>,
     /// Pages of a full hot frame.
     frame_pages: usize,
-}
-
-/// Counts of the pages of the first set.
-#[derive(Clone, Copy, Default)]
-pub(in crate::writer) struct HotPages {
-    /// Pages of the set.
-    pub(in crate::writer) listed: u64,
-    /// Pages that no frame stores.
-    pub(in crate::writer) not_stored: u64,
-    /// Pages that stay in frames of ancestors.
-    pub(in crate::writer) left_in_ancestors: u64,
-    /// Pages that are taken from frames of ancestors.
-    pub(in crate::writer) from_ancestors: u64,
 }
 
 /// The hot pages of a snapshot, and their new places.
@@ -353,27 +340,27 @@ impl CopySource {
     }
 
     /// Counts the pages of the first set.
-    pub(in crate::writer) fn hot_pages(&self) -> HotPages {
+    pub(in crate::writer) fn count_hot_pages(&self) -> WorkingSetStats {
         let hot = &self.hot;
-        let mut pages = HotPages {
-            listed: hot.wanted.of_first as u64,
-            ..HotPages::default()
+        let mut stats = WorkingSetStats {
+            pages: hot.wanted.of_first as u64,
+            ..WorkingSetStats::default()
         };
         for found in &hot.found[..hot.wanted.of_first] {
             let Some((at, _)) = *found else {
-                pages.not_stored += 1;
+                stats.not_stored_pages += 1;
                 continue;
             };
             let planned = &self.frames[at as usize];
             if hot.keeps_ancestors() && planned.frame.layer() > 0 {
                 if planned.hot.is_empty() {
-                    pages.left_in_ancestors += 1;
+                    stats.left_in_ancestors += 1;
                 } else {
-                    pages.from_ancestors += 1;
+                    stats.from_ancestors += 1;
                 }
             }
         }
-        pages
+        stats
     }
 
     /// Returns the number of hot frames of the first set.
