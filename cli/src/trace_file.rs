@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use indicatif::HumanCount;
 use serde::Serialize;
+use snaprestore_engine::stats::whole_millis;
 use snapshot_format::SnapshotFile;
 use snapshot_format::trace::Trace;
 
@@ -56,7 +57,7 @@ impl TraceFile {
             present_at_start: trace.present_at_start,
             end: trace.end.name(),
             why: trace.end.to_string(),
-            last_touch_ms: u64::try_from(last.as_millis()).unwrap_or(u64::MAX),
+            last_touch_ms: whole_millis(last),
         })
     }
 }

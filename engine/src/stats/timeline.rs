@@ -10,6 +10,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::whole_micros;
+
 /// Maximum number of buckets. When they are full, pairs of them are merged.
 pub const MAX_TIMELINE_BUCKETS: usize = 512;
 
@@ -149,7 +151,8 @@ impl TimelineRecorder {
     /// Ends the current bucket if it is over. `counters` returns the counters of the session.
     /// Everything that they have counted until now belongs to the current bucket.
     pub(crate) fn at(&self, since_start: Duration, counters: impl FnOnce() -> TimelineBucket) {
-        let now = micros(since_start);
+        // The widths double up to this bound, which no clock reaches.
+        let now = whole_micros(since_start).min(u64::MAX >> 1);
         if now < self.until_us.load(Relaxed) {
             return;
         }
@@ -200,11 +203,6 @@ impl TimelineState {
         self.buckets.resize(count, TimelineBucket::default());
         (count as u64).saturating_mul(self.bucket_us)
     }
-}
-
-fn micros(time: Duration) -> u64 {
-    // The widths double up to this bound, which no clock reaches.
-    u64::try_from(time.as_micros()).map_or(u64::MAX >> 1, |micros| micros.min(u64::MAX >> 1))
 }
 
 #[cfg(test)]

@@ -34,7 +34,7 @@ use snaprestore_engine::fail_point::{FailPoint, fail_point};
 use snaprestore_engine::pager::{
     self, AttachError, FrameId, Handover, OwnerRegion, Paged, Pager, SessionEnd,
 };
-use snaprestore_engine::stats::Stats;
+use snaprestore_engine::stats::{Stats, whole_millis};
 use snaprestore_engine::{Recording, RecordingOptions, Shared};
 use snapshot_format::{FileStore, OpenError, Snapshot};
 
@@ -752,7 +752,7 @@ impl ServedVm {
                 pid: self.pid,
                 state,
                 reason: None,
-                age_ms: u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX),
+                age_ms: whole_millis(self.since.elapsed()),
             },
             session: paged.map(Paged::stats).unwrap_or_default(),
         }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use indicatif::{BinaryBytes, HumanCount};
 use serde_json::{Value, json};
-use snaprestore_engine::stats::{Durations, FaultSources, TimelineBucket};
+use snaprestore_engine::stats::{Durations, FaultSources, TimelineBucket, whole_micros};
 use snapshot_format::layout::PAGE_SIZE_U64;
 
 use super::charts::{Chart, Series, bytes, number};
@@ -351,11 +351,10 @@ fn write_trace(out: &mut String, facts: &ReportFacts, trace: &TouchFacts) -> fmt
         text(end)
     )?;
     let ends = || ("0".to_owned(), duration(*span));
-    let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
     let points: Vec<_> = trace
         .curve
         .iter()
-        .map(|(at, pages)| (micros(*at), *pages))
+        .map(|(at, pages)| (whole_micros(*at), *pages))
         .collect();
     let chart = Chart {
         id: "touched",

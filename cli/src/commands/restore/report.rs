@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use indicatif::{BinaryBytes, HumanCount};
 use serde::Serialize;
-use snaprestore_engine::stats::{Durations, Stats};
+use snaprestore_engine::stats::{Durations, Stats, whole_micros, whole_millis};
 use snaprestore_engine::{Failure, FailureKind};
 use snapshot_format::{Page, ReadError, Reason, Snapshot};
 
@@ -237,14 +237,6 @@ fn runs(mut numbers: Vec<u64>) -> Vec<(u64, u64)> {
         }
     }
     runs
-}
-
-fn whole_micros(time: Duration) -> u64 {
-    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
-}
-
-fn whole_millis(time: Duration) -> u64 {
-    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 impl fmt::Display for RestoreReport {
