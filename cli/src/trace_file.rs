@@ -48,7 +48,8 @@ impl TraceFile {
     /// Writes the trace, and gives the file its name.
     pub(crate) fn write(mut self, trace: &Trace) -> Result<RecordingReport> {
         let named = || names::path(&self.path);
-        self.file.write_all(&trace.to_bytes()).with_context(named)?;
+        let bytes = trace.to_bytes().with_context(named)?;
+        self.file.write_all(&bytes).with_context(named)?;
         self.file.commit()?;
         let last = trace.touches.last().map_or(Duration::ZERO, |last| last.at);
         Ok(RecordingReport {

@@ -88,7 +88,8 @@ impl Recording {
             content_digest: snapshot.summary().content_digest,
             page_slots: snapshot.page_slots(),
             begun: recorded.begun,
-            present_at_start: recorded.present,
+            // A page that was installed as the recording began may be counted twice.
+            present_at_start: recorded.present.min(snapshot.page_slots()),
             end: recorded.end,
             touches: recorded.touches,
         }
