@@ -187,7 +187,7 @@ fn create_target(path: &Path, force: bool, cancel: &Cancel) -> Result<Target> {
     Ok(target)
 }
 
-/// How a snapshot is to be optimized.
+/// The settings for optimizing a snapshot.
 pub(crate) struct Plan<'a> {
     pub(crate) name: &'a str,
     pub(crate) traces: &'a [Trace],

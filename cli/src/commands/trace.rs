@@ -62,7 +62,7 @@ struct TraceFacts {
     page_slots: u64,
     /// Time since 1970 at which the recording began.
     begun_unix_ms: u64,
-    /// Why the recording ended.
+    /// Reason for the end of the recording.
     end: &'static str,
     #[serde(skip)]
     end_text: String,

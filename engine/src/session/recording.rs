@@ -38,7 +38,7 @@ const CHECK_INTERVAL: Duration = Duration::from_millis(50);
 /// Time of a limit that no clock can express.
 const FAR_FUTURE: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
-/// When a recording of first touches ends by itself.
+/// Limits at which a recording of first touches ends by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RecordingOptions {
     /// The maximum time from the first touch on: an owner may wait before it does anything.

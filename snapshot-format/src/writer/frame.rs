@@ -293,7 +293,7 @@ pub(super) struct Built {
     pub(super) reference: RawFrameRef,
     /// A buffer to reuse.
     pub(super) spare: Vec<u8>,
-    /// Whether it is the copy of a frame of another file, or a hot frame, which counts as one.
+    /// Set for the copy of a frame of another file, and for a hot frame, which counts as one.
     pub(super) copied: bool,
 }
 
