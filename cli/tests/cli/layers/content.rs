@@ -1,4 +1,4 @@
-//! What children hold: their memory, byte for byte, and no more than what differs.
+//! Content of children: their memory, byte for byte, stored as no more than what differs.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
