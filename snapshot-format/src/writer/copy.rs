@@ -494,9 +494,8 @@ impl CopySource {
             .frames
             .check(&self.snapshot, frame, Reason::Prefetch)
             .map(|payload| {
-                block
-                    .copies
-                    .extend(planned.copy(payload, &self.record_buffers))
+                let copy = planned.copy(payload, &self.record_buffers);
+                block.copies.extend(copy);
             });
         self.decoders.push(decoder);
         checked.map_err(WriteError::CopiedFrame)

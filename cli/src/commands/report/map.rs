@@ -328,6 +328,20 @@ fn divide(shares: &[(&'static str, u64)]) -> Vec<(&'static str, u64)> {
     }
 }
 
+/// Returns the numbers of a cell, in the order of the table and of the page's data.
+pub(super) fn figures(counts: &Counts) -> [u64; 8] {
+    [
+        counts.zero,
+        counts.fill,
+        counts.stored,
+        counts.duplicate,
+        counts.ancestor,
+        counts.unavailable,
+        counts.hot,
+        counts.stored_bytes(),
+    ]
+}
+
 /// Returns the sum of all cells.
 fn sum(cells: &[Cell]) -> Counts {
     let mut sum = Counts::default();
@@ -366,22 +380,12 @@ fn write_table(out: &mut String, facts: &ReportFacts) -> fmt::Result {
             .map(move |(row, cells)| {
                 let counts = sum(cells);
                 let start = start.map(|start| start.saturating_add(row * row_bytes));
-                let numbers = [
-                    counts.pages(),
-                    counts.zero,
-                    counts.fill,
-                    counts.stored,
-                    counts.duplicate,
-                    counts.ancestor,
-                    counts.unavailable,
-                    counts.hot,
-                    counts.stored_bytes(),
-                ];
                 let first = [
                     name.clone(),
                     start.map_or(String::new(), |at| format!("{at:#x}")),
                 ];
-                let numbers = numbers.iter().map(|number| HumanCount(*number).to_string());
+                let numbers = [counts.pages()].into_iter().chain(figures(&counts));
+                let numbers = numbers.map(|number| HumanCount(number).to_string());
                 first.into_iter().chain(numbers).collect()
             })
     });

@@ -639,19 +639,7 @@ fn snapshot_data(facts: &ReportFacts) -> Value {
 /// Returns the numbers of all cells, for the script.
 fn cells_data(facts: &ReportFacts) -> Value {
     let groups = facts.map.groups.iter().map(|group| {
-        let cells = group.cells.iter().map(|cell| {
-            let counts = &cell.counts;
-            json!([
-                counts.zero,
-                counts.fill,
-                counts.stored,
-                counts.duplicate,
-                counts.ancestor,
-                counts.unavailable,
-                counts.hot,
-                counts.stored_bytes(),
-            ])
-        });
+        let cells = group.cells.iter().map(|cell| map::figures(&cell.counts));
         let start = facts
             .single_region(group)
             .map(|region| region.start.to_string());
