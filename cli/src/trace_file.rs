@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use indicatif::HumanCount;
 use serde::Serialize;
+use snaprestore_engine::stats::whole_millis;
 use snapshot_format::SnapshotFile;
 use snapshot_format::trace::Trace;
 
@@ -22,7 +23,7 @@ pub(crate) struct TraceFile {
 
 /// Report of a recording. The field names are part of the command's interface.
 #[derive(Debug, Serialize)]
-pub(crate) struct TraceReport {
+pub(crate) struct RecordingReport {
     file: String,
     touches: u64,
     /// Number of pages that were present before, whose touches were not seen.
@@ -45,23 +46,24 @@ impl TraceFile {
     }
 
     /// Writes the trace, and gives the file its name.
-    pub(crate) fn write(mut self, trace: &Trace) -> Result<TraceReport> {
+    pub(crate) fn write(mut self, trace: &Trace) -> Result<RecordingReport> {
         let named = || names::path(&self.path);
-        self.file.write_all(&trace.to_bytes()).with_context(named)?;
+        let bytes = trace.to_bytes().with_context(named)?;
+        self.file.write_all(&bytes).with_context(named)?;
         self.file.commit()?;
         let last = trace.touches.last().map_or(Duration::ZERO, |last| last.at);
-        Ok(TraceReport {
+        Ok(RecordingReport {
             file: names::exact(&self.path),
             touches: trace.touches.len() as u64,
             present_at_start: trace.present_at_start,
             end: trace.end.name(),
             why: trace.end.to_string(),
-            last_touch_ms: u64::try_from(last.as_millis()).unwrap_or(u64::MAX),
+            last_touch_ms: whole_millis(last),
         })
     }
 }
 
-impl fmt::Display for TraceReport {
+impl fmt::Display for RecordingReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,

@@ -175,6 +175,6 @@ pub use verify::{
 };
 pub use writer::{
     BaseDamage, DEFAULT_WORKING_SET, Dictionary, OptimizeOptions, Optimized, Progress, RegionSpec,
-    RewriteOptions, Rewritten, WriteError, Writer, WriterOptions, Written, flatten, optimize,
-    rebase,
+    RewriteOptions, Rewritten, WorkingSetStats, WriteError, Writer, WriterOptions, Written,
+    flatten, optimize, rebase,
 };

@@ -35,6 +35,7 @@ use crate::trial::{Before, Outcome, Runner, Trial};
 use crate::working_set::mean_ms;
 use crate::workload::{Access, Order, Plan, read_pages};
 use crate::{BenchError, PAGE};
+use snaprestore_engine::stats::whole_micros;
 
 /// Name of this comparison in the results.
 pub const NAME: &str = "crowd";
@@ -226,8 +227,8 @@ impl Setting<'_> {
     fn crowd(&self, eighth: Eighth, round: u32) -> Result<Outcome, BenchError> {
         let server = self.server(&Ours::default())?;
         let length = PAUSE * u32::try_from(TOUCHES).unwrap_or(u32::MAX);
-        let begin = now() + micros(GATHERING);
-        let end = begin + micros(length);
+        let begin = now() + whole_micros(GATHERING);
+        let end = begin + whole_micros(length);
         let seed = |number| u64::from(round) * 100 + number;
         let nanos = std::thread::scope(|scope| {
             let calm: Vec<_> = (0..CALM)
@@ -291,7 +292,7 @@ impl Setting<'_> {
     ) -> Result<Outcome, BenchError> {
         let server = self.server(options)?;
         let before = Before::served_by(&self.snapshot, Some(server.pid()));
-        let begin = now() + micros(GATHERING);
+        let begin = now() + whole_micros(GATHERING);
         let vms = std::thread::scope(|scope| {
             let vms: Vec<_> = (0..count)
                 .map(|_| {
@@ -338,7 +339,7 @@ impl Setting<'_> {
             pages: self.pages.clone(),
             seed,
             begin,
-            micros: micros(length),
+            micros: whole_micros(length),
         })
     }
 }
@@ -462,13 +463,9 @@ fn discard(memory: Memory, offset: u64) {
 
 /// Returns microseconds since 1970, which are the same in all processes.
 fn now() -> u64 {
-    micros(
+    whole_micros(
         SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default(),
     )
-}
-
-fn micros(time: Duration) -> u64 {
-    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }

@@ -103,8 +103,8 @@ fn revision() -> String {
     }
 }
 
-/// Formats seconds since 1970 as a date of the Gregorian calendar.
-fn date(seconds: u64) -> String {
+/// Formats seconds since 1970 as a date and time in UTC, such as `2026-12-31T23:59:59Z`.
+pub fn date(seconds: u64) -> String {
     let (days, time) = (seconds / 86_400, seconds % 86_400);
     // In years that begin in March the leap day is the last day.
     let days = days + 719_468;
@@ -132,7 +132,12 @@ mod tests {
     fn dates_follow_the_calendar() {
         assert_eq!(date(0), "1970-01-01T00:00:00Z");
         assert_eq!(date(951_827_696), "2000-02-29T12:34:56Z");
+        assert_eq!(date(951_868_799), "2000-02-29T23:59:59Z");
+        assert_eq!(date(951_868_800), "2000-03-01T00:00:00Z");
+        assert_eq!(date(1_709_164_800), "2024-02-29T00:00:00Z");
+        assert_eq!(date(1_735_689_599), "2024-12-31T23:59:59Z");
         assert_eq!(date(1_798_761_599), "2026-12-31T23:59:59Z");
+        assert_eq!(date(4_107_542_400), "2100-03-01T00:00:00Z");
     }
 
     #[test]

@@ -13,6 +13,7 @@
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -98,7 +99,9 @@ impl WorkingSetFiles {
                 })
                 .collect(),
         };
-        fs::write(&self.trace, trace.to_bytes()).map_err(failed(&self.trace))
+        let bytes = trace.to_bytes().map_err(io::Error::other);
+        let written = bytes.and_then(|bytes| fs::write(&self.trace, bytes));
+        written.map_err(failed(&self.trace))
     }
 }
 

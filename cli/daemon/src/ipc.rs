@@ -166,12 +166,15 @@ pub(crate) enum FromWorker {
     RecordingBegan {
         /// The number of the VM.
         id: u64,
+        /// The destination of the trace.
+        destination: TraceDestination,
     },
-    /// A recording has ended. If the service records to a folder, a memfd with the trace comes with
-    /// the message; otherwise an operator has fetched the trace.
+    /// A recording has ended. A memfd with a trace for a folder comes with the message.
     RecordingEnded {
         /// The number of the VM.
         id: u64,
+        /// The destination of the trace.
+        destination: TraceDestination,
         /// The outcome.
         result: Result<(), String>,
     },
@@ -188,6 +191,17 @@ pub(crate) enum FromWorker {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         run: Option<Box<RunRecord>>,
     },
+}
+
+/// The destination of the trace of a recording. A VM has at most one recording of each: while the
+/// trace of one is on its way to the folder, an operator may begin another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum TraceDestination {
+    /// The folder of the service.
+    Folder,
+    /// The operator who stops the recording.
+    Operator,
 }
 
 /// One end of the connection.

@@ -26,8 +26,8 @@ use crate::progress::Progress;
 use crate::signals::Cancel;
 use crate::target::{self, Target};
 
-/// Number of regions whose offsets are listed for people.
-const LISTED_REGIONS: usize = 8;
+/// Maximum number of regions whose offsets are listed for people.
+const MAX_LISTED_REGIONS: usize = 8;
 
 /// Number of blocks that a thread takes at once: 32 MiB, so that few frames are decoded twice.
 const BLOCKS_PER_BATCH: u64 = 16;
@@ -78,7 +78,7 @@ impl fmt::Display for ExtractReport {
             return Ok(());
         }
         writeln!(f, "offsets are not addresses:")?;
-        for region in regions.iter().take(LISTED_REGIONS) {
+        for region in regions.iter().take(MAX_LISTED_REGIONS) {
             let line = format!(
                 "  at offset {:#x}: {} from address {:#x} on, {}",
                 region.offset,
@@ -88,7 +88,7 @@ impl fmt::Display for ExtractReport {
             );
             writeln!(f, "{}", line.trim_end_matches(", "))?;
         }
-        let left = regions.len().saturating_sub(LISTED_REGIONS);
+        let left = regions.len().saturating_sub(MAX_LISTED_REGIONS);
         if left > 0 {
             writeln!(f, "  ... and {left} more regions (all with --json)")?;
         }

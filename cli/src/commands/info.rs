@@ -23,7 +23,7 @@ use crate::signals::Cancel;
 use map::Drawing;
 
 /// Maximum number of regions listed for people; a process tree has tens of thousands.
-const LISTED_REGIONS: usize = 200;
+const MAX_LISTED_REGIONS: usize = 200;
 
 /// The facts about a snapshot that `info` and `report` show.
 #[derive(Serialize)]
@@ -193,7 +193,7 @@ impl fmt::Display for InfoReport {
             writeln!(f, "\n{}", self.chain_table().trim_fmt())?;
         }
         writeln!(f, "\n{}", region_table(&self.facts).trim_fmt())?;
-        let left = self.facts.regions.len().saturating_sub(LISTED_REGIONS);
+        let left = self.facts.regions.len().saturating_sub(MAX_LISTED_REGIONS);
         if left > 0 {
             writeln!(f, "... and {left} more regions (all with --json)")?;
         }
@@ -245,7 +245,7 @@ fn region_table(facts: &Facts) -> Table {
     table
         .load_style(presets::NOTHING)
         .set_header(["#", "start", "size", "offset", "access", "name"]);
-    for (number, region) in facts.regions.iter().take(LISTED_REGIONS).enumerate() {
+    for (number, region) in facts.regions.iter().take(MAX_LISTED_REGIONS).enumerate() {
         table.add_row([
             number.to_string(),
             format!("{:#x}", region.start),

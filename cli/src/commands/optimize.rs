@@ -9,7 +9,7 @@ use anyhow::Result;
 use indicatif::{BinaryBytes, HumanCount};
 use serde::Serialize;
 use snapshot_format::trace::{Trace, merge};
-use snapshot_format::{OptimizeOptions, Optimized, Snapshot, optimize};
+use snapshot_format::{OptimizeOptions, Optimized, Snapshot, WorkingSetStats, optimize};
 
 use super::flatten::{self, RewriteFacts};
 use super::{trace, verify};
@@ -62,17 +62,17 @@ pub(crate) struct WorkingSetFacts {
 }
 
 impl WorkingSetFacts {
-    pub(crate) fn of(optimized: &Optimized, name: &str, traces: usize) -> Self {
+    pub(crate) fn of(set: &WorkingSetStats, name: &str, traces: usize) -> Self {
         Self {
             name: name.to_owned(),
             traces,
-            pages: optimized.pages,
-            not_stored_pages: optimized.not_stored_pages,
-            left_in_ancestors: optimized.left_in_ancestors,
-            from_ancestors: optimized.from_ancestors,
-            ignored_pages: optimized.ignored_pages,
-            frames: optimized.hot_frames,
-            stored_bytes: optimized.hot_bytes,
+            pages: set.pages,
+            not_stored_pages: set.not_stored_pages,
+            left_in_ancestors: set.left_in_ancestors,
+            from_ancestors: set.from_ancestors,
+            ignored_pages: set.ignored_pages,
+            frames: set.frames,
+            stored_bytes: set.stored_bytes,
         }
     }
 }
@@ -150,7 +150,7 @@ pub(crate) fn run(args: &args::Optimize, output: Output, cancel: &Cancel) -> Res
         packing: &args.packing,
     };
     let (target, optimized) = plan
-        .carry_out(target, to, &snapshot, (output, cancel))
+        .execute(target, to, &snapshot, (output, cancel))
         .map_err(|error| target::named(error, to))?;
     layers::refuse_needed(to, &args.layers)?;
     if in_place {
@@ -161,7 +161,7 @@ pub(crate) fn run(args: &args::Optimize, output: Output, cancel: &Cancel) -> Res
         file: names::exact(to),
         facts: Facts::of_written(&optimized.rewritten.written),
         rewrite: RewriteFacts::of(&optimized.rewritten),
-        working_set: WorkingSetFacts::of(&optimized, &args.name, traces.len()),
+        working_set: WorkingSetFacts::of(&optimized.working_set, &args.name, traces.len()),
         old_file_bytes: snapshot.file_bytes(),
         old_snapshot_id: snapshot.id().to_string(),
         in_place,
@@ -187,7 +187,7 @@ fn create_target(path: &Path, force: bool, cancel: &Cancel) -> Result<Target> {
     Ok(target)
 }
 
-/// How a snapshot is to be optimized.
+/// The settings for optimizing a snapshot.
 pub(crate) struct Plan<'a> {
     pub(crate) name: &'a str,
     pub(crate) traces: &'a [Trace],
@@ -197,7 +197,7 @@ pub(crate) struct Plan<'a> {
 
 impl Plan<'_> {
     /// Optimizes `snapshot` into `target`, which will be named `path`, and verifies the result.
-    pub(crate) fn carry_out(
+    pub(crate) fn execute(
         &self,
         target: Target,
         path: &Path,

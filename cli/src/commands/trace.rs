@@ -7,6 +7,8 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Result, bail};
 use indicatif::{BinaryBytes, HumanCount};
 use serde::Serialize;
+use snaprestore_compare::machine::date;
+use snaprestore_engine::stats::{whole_micros, whole_millis};
 use snapshot_format::digest;
 use snapshot_format::layout::PAGE_SIZE_U64;
 use snapshot_format::trace::{Comparison, TouchReason, Trace, TraceError, compare};
@@ -20,7 +22,7 @@ use crate::target;
 
 pub(crate) fn run(args: &args::Trace, output: Output) -> Result<Exit> {
     match &args.op {
-        TraceOp::Show(show) => output.report(&TraceReport {
+        TraceOp::Show(show) => output.report(&ShowReport {
             trace: TraceFacts::of(&show.file, &Trace::read_path(&show.file)?),
         })?,
         TraceOp::Compare(compare) => output.report(&compared(compare)?)?,
@@ -60,7 +62,7 @@ struct TraceFacts {
     page_slots: u64,
     /// Time since 1970 at which the recording began.
     begun_unix_ms: u64,
-    /// Why the recording ended.
+    /// Reason for the end of the recording.
     end: &'static str,
     #[serde(skip)]
     end_text: String,
@@ -80,7 +82,7 @@ struct TraceFacts {
 }
 
 #[derive(Serialize)]
-struct TraceReport {
+struct ShowReport {
     #[serde(flatten)]
     trace: TraceFacts,
 }
@@ -89,7 +91,6 @@ impl TraceFacts {
     fn of(path: &Path, trace: &Trace) -> Self {
         let touches = &trace.touches;
         let begun = trace.begun.duration_since(SystemTime::UNIX_EPOCH);
-        let begun = begun.map_or(0, |time| time.as_millis());
         let demand = touches
             .iter()
             .filter(|touch| touch.reason == TouchReason::Demand);
@@ -103,13 +104,13 @@ impl TraceFacts {
             let number = (times.len() * part).div_ceil(of);
             number
                 .checked_sub(1)
-                .map_or(0, |number| micros(times[number]))
+                .map_or(0, |number| whole_micros(times[number]))
         };
         Self {
             file: names::exact(path),
             content_digest: digest::hex(&trace.content_digest),
             page_slots: trace.page_slots,
-            begun_unix_ms: u64::try_from(begun).unwrap_or(u64::MAX),
+            begun_unix_ms: begun.map_or(0, whole_millis),
             end: trace.end.name(),
             end_text: trace.end.to_string(),
             present_at_start: trace.present_at_start,
@@ -125,32 +126,12 @@ impl TraceFacts {
     }
 }
 
-fn micros(time: Duration) -> u64 {
-    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
-}
-
 /// Formats microseconds as milliseconds with one decimal.
 fn millis(micros: u64) -> String {
     format!("{}.{} ms", micros / 1000, micros % 1000 / 100)
 }
 
-/// Formats milliseconds since 1970 as a date and time in UTC.
-fn date(unix_ms: u64) -> String {
-    let (days, seconds) = (unix_ms / 86_400_000, unix_ms / 1000 % 86_400);
-    // Years begin in March, so that the leap day is the last of its year; 400 of them have 146097
-    // days.
-    let days = days + 719_468;
-    let (era, day) = (days / 146_097, days % 146_097);
-    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
-    let day = day - (365 * year + year / 4 - year / 100);
-    let month = (5 * day + 2) / 153;
-    let (day, month) = (day - (153 * month + 2) / 5 + 1, (month + 2) % 12 + 1);
-    let year = era * 400 + year + u64::from(month <= 2);
-    let (hour, minute, second) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
-    format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02} UTC")
-}
-
-impl fmt::Display for TraceReport {
+impl fmt::Display for ShowReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let trace = &self.trace;
         writeln!(f, "content     {}", trace.content_digest)?;
@@ -186,7 +167,7 @@ impl fmt::Display for TraceReport {
         writeln!(
             f,
             "recorded    {}; end: {}",
-            date(trace.begun_unix_ms),
+            date(trace.begun_unix_ms / 1000),
             trace.end_text
         )
     }
@@ -343,25 +324,5 @@ impl fmt::Display for MergeReport {
         );
         let bytes = BinaryBytes(self.trace.touched_bytes);
         writeln!(f, "written     {pages} pages, {bytes}: {file}")
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn dates_follow_the_calendar() {
-        for (unix_s, expected) in [
-            (0, "1970-01-01 00:00:00 UTC"),
-            (951_782_400, "2000-02-29 00:00:00 UTC"),
-            (951_868_799, "2000-02-29 23:59:59 UTC"),
-            (951_868_800, "2000-03-01 00:00:00 UTC"),
-            (1_709_164_800, "2024-02-29 00:00:00 UTC"),
-            (1_735_689_599, "2024-12-31 23:59:59 UTC"),
-            (4_107_542_400, "2100-03-01 00:00:00 UTC"),
-        ] {
-            assert_eq!(date(unix_s * 1000), expected);
-        }
     }
 }

@@ -25,7 +25,7 @@ use crate::progress::Progress;
 use crate::signals::Cancel;
 
 /// Maximum number of problems listed for people.
-const LISTED_PROBLEMS: usize = 20;
+const MAX_LISTED_PROBLEMS: usize = 20;
 
 #[derive(Serialize)]
 pub(crate) struct VerifyReport {
@@ -291,14 +291,14 @@ impl FileReport {
             Some(time) => writeln!(f, " ({pages}, {frames} checked in {time} ms)")?,
             None => writeln!(f, " ({pages}, {frames} checked)")?,
         }
-        for problem in self.problems.iter().take(LISTED_PROBLEMS) {
+        for problem in self.problems.iter().take(MAX_LISTED_PROBLEMS) {
             write!(f, "  {} at byte {}", problem.what, problem.offset)?;
             if let Some(file) = &problem.file {
                 write!(f, " of {}", names::shown(file))?;
             }
             writeln!(f, ": {}", problem.detail)?;
         }
-        let listed = self.problems.len().min(LISTED_PROBLEMS) as u64;
+        let listed = self.problems.len().min(MAX_LISTED_PROBLEMS) as u64;
         if found > listed {
             writeln!(f, "  ... and {} more", HumanCount(found - listed))?;
         }

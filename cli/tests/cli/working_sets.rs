@@ -234,7 +234,7 @@ fn traces_are_shown_and_compared() {
         "times       half by 2.0 ms, 90 % by 4.0 ms, all by 4.0 ms",
         "order       the next page is the next touch in 66.7 % of the cases",
         "seen        4 by faults, 0 by other means; 7 pages were present at the start",
-        "recorded    2000-02-29 00:00:00 UTC; end: the rate of first touches settled",
+        "recorded    2000-02-29T00:00:00Z; end: the rate of first touches settled",
     ] {
         assert!(shown.contains(line), "{shown}");
     }

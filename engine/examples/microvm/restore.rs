@@ -1,6 +1,5 @@
 //! From a snapshot to a running guest.
 
-use std::fmt::Write as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -73,11 +72,8 @@ pub(crate) fn run(
 
 /// Returns a line that is identical for two guests with the same outcome.
 pub(crate) fn ending(stopped: Stopped, memory: &GuestMemoryMmap) -> Result<String> {
-    let mut line = format!("ending     {stopped:?}, memory ");
-    for byte in digest_of(memory)? {
-        write!(line, "{byte:02x}")?;
-    }
-    Ok(line)
+    let digest = digest::hex(&digest_of(memory)?);
+    Ok(format!("ending     {stopped:?}, memory {digest}"))
 }
 
 /// Returns the digest of all memory, as snapshots have it. Touches every page.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use snapshot_format::trace::{Trace, TraceEnd};
 
 use super::{PausedBy, Runtime};
-use crate::session::{Record, RecordingOptions};
+use crate::session::{RecordingOptions, TouchLog};
 
 /// The reason why no recording began.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -43,7 +43,7 @@ pub enum RecordError {
 #[derive(Clone)]
 pub struct Recording {
     runtime: Arc<Runtime>,
-    record: Arc<Record>,
+    log: Arc<TouchLog>,
 }
 
 impl std::fmt::Debug for Recording {
@@ -60,7 +60,7 @@ impl Recording {
         if !self.runtime.is_of_parent() {
             self.runtime.session.check_recording();
         }
-        self.record.is_running()
+        self.log.is_running()
     }
 
     /// Waits until the recording has ended, at most for `timeout`. Returns whether it has.
@@ -68,12 +68,12 @@ impl Recording {
         let until = Instant::now().checked_add(timeout);
         loop {
             let due = self.runtime.session.check_recording();
-            let due = due.filter(|_| self.record.is_running());
+            let due = due.filter(|_| self.log.is_running());
             let Some(due) = due else { return true };
             if until.is_some_and(|until| until <= Instant::now()) {
                 return false;
             }
-            self.record.wait(until.map_or(due, |until| until.min(due)));
+            self.log.wait(until.map_or(due, |until| until.min(due)));
         }
     }
 
@@ -81,14 +81,15 @@ impl Recording {
     pub fn stop(&self) -> Trace {
         let session = &self.runtime.session;
         session.check_recording();
-        session.end_record(&self.record, TraceEnd::Stopped);
-        let recorded = session.recorded(&self.record);
+        session.end_log(&self.log, TraceEnd::Stopped);
+        let recorded = session.recorded_touches(&self.log);
         let snapshot = session.image.snapshot();
         Trace {
             content_digest: snapshot.summary().content_digest,
             page_slots: snapshot.page_slots(),
             begun: recorded.begun,
-            present_at_start: recorded.present,
+            // A page that was installed as the recording began may be counted twice.
+            present_at_start: recorded.present.min(snapshot.page_slots()),
             end: recorded.end,
             touches: recorded.touches,
         }
@@ -112,22 +113,22 @@ impl Runtime {
         if session.is_ending() {
             return Err(RecordError::Over);
         }
-        let record = session.begin_recording(options, on_end);
-        let record = record.ok_or(RecordError::Running)?;
+        let log = session.begin_recording(options, on_end);
+        let log = log.ok_or(RecordError::Running)?;
         self.pause_prefetch(PausedBy::Recording);
-        if !record.is_running() {
+        if !log.is_running() {
             self.resume_prefetch(PausedBy::Recording);
         }
         Ok(Recording {
             runtime: Arc::clone(self),
-            record,
+            log,
         })
     }
 
     /// Returns the recording that began last.
     pub(crate) fn recording(self: &Arc<Self>) -> Option<Recording> {
         Some(Recording {
-            record: self.session.recorder.latest()?,
+            log: self.session.recorder.latest()?,
             runtime: Arc::clone(self),
         })
     }

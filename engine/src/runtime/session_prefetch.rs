@@ -50,7 +50,7 @@ pub(super) struct Plan {
     pub(super) prefetch: Prefetch,
     /// The working set to prefetch; all of them if `None`.
     pub(super) working_set: Option<String>,
-    /// Whether the session is to be completed: poisoned pages are healed before anything else, and
+    /// Set if the session is to be completed: poisoned pages are healed before anything else, and
     /// the throttle of the prefetch is ignored.
     pub(super) completes: bool,
     /// Maximum number of pool threads at once.

@@ -74,7 +74,7 @@ use snapshot_format::trace::TraceEnd;
 
 use fault::in_flight::InFlight;
 use fault::outcome::InstallError;
-use recording::Recorder;
+use recording::TouchRecorder;
 use state::address_map::{LARGE_BYTES, block_of};
 use stats::add;
 
@@ -95,7 +95,7 @@ pub(crate) use give_up::NoPoison;
 pub(crate) use guard::Guard;
 pub(crate) use platform::kernel::Kernel;
 pub(crate) use platform::{Image, PAGE, PageNumber, Platform};
-pub(crate) use recording::Record;
+pub(crate) use recording::TouchLog;
 pub(crate) use state::State;
 pub(crate) use state::address_map::{Extent, LARGE_PAGES};
 pub(crate) use stats::Counters;
@@ -124,7 +124,7 @@ pub(crate) struct Session<P, I> {
     zeros: Vec<u8>,
     guard: Box<dyn Guard>,
     observer: Option<TouchObserver>,
-    pub(crate) recorder: Recorder,
+    pub(crate) recorder: TouchRecorder,
     /// Frames that must not be decoded, because a worker died decoding them.
     quarantined: Vec<FrameId>,
     /// How long an unreadable page is retried before it counts as failed.
@@ -184,7 +184,7 @@ impl<P: Platform, I: Image> Session<P, I> {
             in_flight: InFlight::new(threads),
             guard,
             observer,
-            recorder: Recorder::default(),
+            recorder: TouchRecorder::default(),
             quarantined: Vec::new(),
             retry_timeout: RETRY_TIMEOUT,
             failures: Mutex::default(),

@@ -38,7 +38,7 @@ const CHECK_INTERVAL: Duration = Duration::from_millis(50);
 /// Time of a limit that no clock can express.
 const FAR_FUTURE: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
-/// When a recording of first touches ends by itself.
+/// Limits at which a recording of first touches ends by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RecordingOptions {
     /// The maximum time from the first touch on: an owner may wait before it does anything.
@@ -79,20 +79,20 @@ impl Default for RecordingOptions {
 
 /// The recordings of a session, of which one runs at a time.
 #[derive(Default)]
-pub(crate) struct Recorder {
+pub(crate) struct TouchRecorder {
     /// Set while one runs. Checked by each fault.
     running: AtomicBool,
-    latest: Mutex<Option<Arc<Record>>>,
+    latest: Mutex<Option<Arc<TouchLog>>>,
 }
 
-impl Recorder {
+impl TouchRecorder {
     /// Returns the recording that began last, whether it runs or has ended.
-    pub(crate) fn latest(&self) -> Option<Arc<Record>> {
+    pub(crate) fn latest(&self) -> Option<Arc<TouchLog>> {
         self.lock().clone()
     }
 
     /// Returns the recording that runs.
-    fn current(&self) -> Option<Arc<Record>> {
+    fn current(&self) -> Option<Arc<TouchLog>> {
         self.is_running().then(|| self.latest()).flatten()
     }
 
@@ -101,7 +101,7 @@ impl Recorder {
         self.running.load(Relaxed)
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<Arc<Record>>> {
+    fn lock(&self) -> MutexGuard<'_, Option<Arc<TouchLog>>> {
         self.latest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -109,18 +109,18 @@ impl Recorder {
 /// A callback for the end of a recording.
 pub(crate) type OnEnd = Box<dyn FnOnce() + Send>;
 
-/// A recording.
-pub(crate) struct Record {
+/// The log of a recording.
+pub(crate) struct TouchLog {
     options: RecordingOptions,
     begun: Instant,
     begun_at: SystemTime,
-    found: Mutex<Found>,
+    logged: Mutex<LoggedTouches>,
     ended: Condvar,
 }
 
-/// The state of a recording.
+/// The state of a log.
 #[derive(Default)]
-struct Found {
+struct LoggedTouches {
     /// One bit for each page, until the recording ends.
     seen: Vec<u64>,
     touches: Vec<Touch>,
@@ -135,7 +135,7 @@ struct Found {
 
 /// The result of a recording.
 #[derive(Clone, Debug)]
-pub(crate) struct Recorded {
+pub(crate) struct RecordedTouches {
     pub(crate) begun: SystemTime,
     pub(crate) touches: Vec<Touch>,
     /// Number of pages whose touches could not be seen.
@@ -143,35 +143,35 @@ pub(crate) struct Recorded {
     pub(crate) end: TraceEnd,
 }
 
-impl Record {
+impl TouchLog {
     /// Returns whether the recording has not ended. A recording that is due ends with the next
     /// [`Session::check_recording`].
     pub(crate) fn is_running(&self) -> bool {
-        self.found().end.is_none()
+        self.lock().end.is_none()
     }
 
     /// Waits until the recording has ended, or until `until`.
     pub(crate) fn wait(&self, until: Instant) {
         let left = until.saturating_duration_since(Instant::now());
-        let running = |found: &mut Found| found.end.is_none();
-        let waited = self.ended.wait_timeout_while(self.found(), left, running);
+        let running = |logged: &mut LoggedTouches| logged.end.is_none();
+        let waited = self.ended.wait_timeout_while(self.lock(), left, running);
         drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Returns when the recording ends if no other page is touched until then, and why.
-    fn due(&self, found: &Found) -> (Instant, TraceEnd) {
+    fn due(&self, logged: &LoggedTouches) -> (Instant, TraceEnd) {
         let RecordingOptions {
             max_time,
             settled_after,
             ..
         } = self.options;
-        let Some(first) = found.touches.first().map(|touch| touch.at) else {
+        let Some(first) = logged.touches.first().map(|touch| touch.at) else {
             return (self.begun + FAR_FUTURE, TraceEnd::TimeLimit);
         };
         let settled = settled_after.map(|least| {
             // The last touch before those that may come in the second half.
-            let count = found.touches.len() - found.touches.len() / SETTLED_SHARE;
-            let last = found.touches[count - 1].at;
+            let count = logged.touches.len() - logged.touches.len() / SETTLED_SHARE;
+            let last = logged.touches[count - 1].at;
             least.max(2 * last.saturating_sub(first))
         });
         let (after, end) = match settled {
@@ -183,12 +183,12 @@ impl Record {
     }
 
     /// Locks the state, which is consistent after every statement.
-    fn found(&self) -> MutexGuard<'_, Found> {
-        self.found.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, LoggedTouches> {
+        self.logged.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Found {
+impl LoggedTouches {
     /// Records the first touch of `page`.
     fn add(&mut self, page: PageNumber, at: Duration, reason: TouchReason) {
         let (word, bit) = (to_usize(page / 64), 1 << (page % 64));
@@ -207,61 +207,61 @@ impl<P: Platform, I: Image> Session<P, I> {
         &self,
         options: RecordingOptions,
         on_end: OnEnd,
-    ) -> Option<Arc<Record>> {
+    ) -> Option<Arc<TouchLog>> {
         let mut latest = self.recorder.lock();
-        if latest.as_ref().is_some_and(|record| record.is_running()) || self.is_ending() {
+        if latest.as_ref().is_some_and(|log| log.is_running()) || self.is_ending() {
             return None;
         }
-        let record = Arc::new(Record {
+        let log = Arc::new(TouchLog {
             options,
             begun: Instant::now(),
             begun_at: SystemTime::now(),
-            found: Mutex::new(Found {
+            logged: Mutex::new(LoggedTouches {
                 seen: vec![0; to_usize(self.state.page_slots().div_ceil(64))],
                 on_end: Some(on_end),
-                ..Found::default()
+                ..LoggedTouches::default()
             }),
             ended: Condvar::new(),
         });
         self.image.keep_frames(true);
         // Faults wait for the lock, so that none is recorded before the pages are counted.
-        let mut found = record.found();
-        *latest = Some(Arc::clone(&record));
+        let mut logged = log.lock();
+        *latest = Some(Arc::clone(&log));
         self.recorder.running.store(true, Relaxed);
         drop(latest);
         // A page that is installed in between counts twice, rather than not at all.
-        found.installed = self.installed();
-        found.present = self.state.count_present();
-        drop(found);
+        logged.installed = self.installed();
+        logged.present = self.state.count_present();
+        drop(logged);
         if self.is_ending() {
             self.end_recording(TraceEnd::Stopped);
         }
-        Some(record)
+        Some(log)
     }
 
     /// Ends the recording that runs, if there is one.
     pub(crate) fn end_recording(&self, end: TraceEnd) {
-        if let Some(record) = self.recorder.current() {
-            self.end_record(&record, end);
+        if let Some(log) = self.recorder.current() {
+            self.end_log(&log, end);
         }
     }
 
-    /// Ends `record`, unless it has ended.
-    pub(crate) fn end_record(&self, record: &Record, end: TraceEnd) {
-        let mut found = record.found();
-        if found.end.is_some() {
+    /// Ends `log`, unless it has ended.
+    pub(crate) fn end_log(&self, log: &TouchLog, end: TraceEnd) {
+        let mut logged = log.lock();
+        if logged.end.is_some() {
             return;
         }
-        found.end = Some(end);
-        found.seen = Vec::new();
-        found.installed = self.installed().saturating_sub(found.installed);
-        let on_end = found.on_end.take();
+        logged.end = Some(end);
+        logged.seen = Vec::new();
+        logged.installed = self.installed().saturating_sub(logged.installed);
+        let on_end = logged.on_end.take();
         self.recorder.running.store(false, Relaxed);
-        drop(found);
-        record.ended.notify_all();
+        drop(logged);
+        log.ended.notify_all();
         // Another recording that has begun meanwhile needs the frames, and prefetch to wait.
         let latest = self.recorder.lock();
-        if latest.as_ref().is_some_and(|record| record.is_running()) {
+        if latest.as_ref().is_some_and(|log| log.is_running()) {
             return;
         }
         self.image.keep_frames(false);
@@ -273,13 +273,13 @@ impl<P: Platform, I: Image> Session<P, I> {
     /// Ends the recording that runs if it is due. Otherwise returns when to check again, or `None`
     /// if there is none.
     pub(crate) fn check_recording(&self) -> Option<Instant> {
-        let record = self.recorder.current()?;
-        let (due, end) = record.due(&record.found());
+        let log = self.recorder.current()?;
+        let (due, end) = log.due(&log.lock());
         let now = Instant::now();
         if due > now {
             return Some(due.min(now + CHECK_INTERVAL));
         }
-        self.end_record(&record, end);
+        self.end_log(&log, end);
         None
     }
 
@@ -298,46 +298,46 @@ impl<P: Platform, I: Image> Session<P, I> {
         if self.check_recording().is_none() {
             return false;
         }
-        let Some(record) = self.recorder.current() else {
+        let Some(log) = self.recorder.current() else {
             return false;
         };
-        let mut found = record.found();
-        let most = record.options.limit(self.state.page_slots());
+        let mut logged = log.lock();
+        let most = log.options.limit(self.state.page_slots());
         // A touch before the recording began belongs to its start.
-        let at = at.saturating_duration_since(record.begun);
+        let at = at.saturating_duration_since(log.begun);
         for page in pages {
             let wanted =
                 reason == TouchReason::Present || self.state.status(page) == Status::Absent;
-            if wanted && found.end.is_none() && (found.touches.len() as u64) < most {
-                found.add(page, at, reason);
+            if wanted && logged.end.is_none() && (logged.touches.len() as u64) < most {
+                logged.add(page, at, reason);
             }
         }
-        let is_full = found.touches.len() as u64 >= most;
-        drop(found);
+        let is_full = logged.touches.len() as u64 >= most;
+        drop(logged);
         if is_full {
-            self.end_record(&record, TraceEnd::PageLimit);
+            self.end_log(&log, TraceEnd::PageLimit);
         }
         !is_full
     }
 
-    /// Returns what `record` has found. Poisoned pages are left out.
-    pub(crate) fn recorded(&self, record: &Record) -> Recorded {
-        let found = record.found();
-        let mut touches = found.touches.clone();
-        let installed = match found.end {
-            Some(_) => found.installed,
-            None => self.installed().saturating_sub(found.installed),
+    /// Returns the touches in `log`. Poisoned pages are left out.
+    pub(crate) fn recorded_touches(&self, log: &TouchLog) -> RecordedTouches {
+        let logged = log.lock();
+        let mut touches = logged.touches.clone();
+        let installed = match logged.end {
+            Some(_) => logged.installed,
+            None => self.installed().saturating_sub(logged.installed),
         };
-        let (present, end) = (found.present, found.end.unwrap_or(TraceEnd::Stopped));
-        drop(found);
+        let (present, end) = (logged.present, logged.end.unwrap_or(TraceEnd::Stopped));
+        drop(logged);
         // A page is marked as present only after its waiter was woken, so it may look absent.
         touches.retain(|touch| self.state.status(touch.page) != Status::Poisoned);
         // Threads that serve faults at the same time record them in any order.
         touches.sort_by_key(|touch| touch.at);
         let is_demand = |touch: &&Touch| touch.reason == TouchReason::Demand;
         let seen = touches.iter().filter(is_demand).count() as u64;
-        Recorded {
-            begun: record.begun_at,
+        RecordedTouches {
+            begun: log.begun_at,
             touches,
             present: present + installed.saturating_sub(seen),
             end,

@@ -8,6 +8,16 @@ use serde::{Deserialize, Serialize};
 
 use super::Counted;
 
+/// Converts a duration to whole microseconds.
+pub fn whole_micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// Converts a duration to whole milliseconds.
+pub fn whole_millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
 /// A histogram of durations with a relative error of at most 1/16, from 1 ns to over an hour.
 ///
 /// The scale is log-linear with 16 buckets per power of two, as in `HdrHistogram`, but the buckets

@@ -25,7 +25,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use durations::Histogram;
-pub use durations::{Durations, nearest_rank};
+pub use durations::{Durations, nearest_rank, whole_micros, whole_millis};
 pub use run::{RUN_VERSION, RunError, RunRecord};
 pub(crate) use timeline::TimelineRecorder;
 pub use timeline::{MAX_TIMELINE_BUCKETS, Timeline, TimelineBucket};

@@ -2,13 +2,12 @@
 
 use std::io::{self, Write as _};
 use std::path::Path;
-use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use snapshot_format::names::escape_path;
 use snapshot_format::{FileError, Snapshot, SnapshotFile, digest};
 
-use super::{Stats, Timeline};
+use super::{Stats, Timeline, whole_micros};
 
 /// The version of the file. Readers refuse others.
 pub const RUN_VERSION: u32 = 1;
@@ -63,8 +62,8 @@ impl RunRecord {
             what,
             snapshot_id: snapshot.id().to_string(),
             content_digest: digest::hex(&snapshot.summary().content_digest),
-            map_us: mapped.map(micros),
-            complete_us: statistics.complete.map(micros),
+            map_us: mapped.map(whole_micros),
+            complete_us: statistics.complete.map(whole_micros),
             pages_left_to_kernel: statistics.left_to_kernel,
             statistics,
             timeline,
@@ -84,8 +83,4 @@ impl RunRecord {
         file.write_all(&text).map_err(failed)?;
         Ok(file.commit()?)
     }
-}
-
-fn micros(time: Duration) -> u64 {
-    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }

@@ -10,6 +10,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::whole_micros;
+
 /// Maximum number of buckets. When they are full, pairs of them are merged.
 pub const MAX_TIMELINE_BUCKETS: usize = 512;
 
@@ -120,11 +122,11 @@ impl TryFrom<Columns> for Timeline {
 pub(crate) struct TimelineRecorder {
     /// End of the current bucket, in microseconds since the start.
     until_us: AtomicU64,
-    buckets: Mutex<Recorded>,
+    buckets: Mutex<TimelineState>,
 }
 
 #[derive(Debug)]
-struct Recorded {
+struct TimelineState {
     bucket_us: u64,
     /// The buckets up to the current one, which is the last.
     buckets: Vec<TimelineBucket>,
@@ -136,7 +138,7 @@ impl Default for TimelineRecorder {
     fn default() -> Self {
         Self {
             until_us: AtomicU64::new(FIRST_BUCKET_US),
-            buckets: Mutex::new(Recorded {
+            buckets: Mutex::new(TimelineState {
                 bucket_us: FIRST_BUCKET_US,
                 buckets: vec![TimelineBucket::default()],
                 counted: TimelineBucket::default(),
@@ -149,7 +151,8 @@ impl TimelineRecorder {
     /// Ends the current bucket if it is over. `counters` returns the counters of the session.
     /// Everything that they have counted until now belongs to the current bucket.
     pub(crate) fn at(&self, since_start: Duration, counters: impl FnOnce() -> TimelineBucket) {
-        let now = micros(since_start);
+        // The widths double up to this bound, which no clock reaches.
+        let now = whole_micros(since_start).min(u64::MAX >> 1);
         if now < self.until_us.load(Relaxed) {
             return;
         }
@@ -171,7 +174,7 @@ impl TimelineRecorder {
     }
 }
 
-impl Recorded {
+impl TimelineState {
     /// Adds what was counted since the last time to the current bucket.
     fn count(&mut self, counters: TimelineBucket) {
         let new = counters.minus(self.counted);
@@ -200,11 +203,6 @@ impl Recorded {
         self.buckets.resize(count, TimelineBucket::default());
         (count as u64).saturating_mul(self.bucket_us)
     }
-}
-
-fn micros(time: Duration) -> u64 {
-    // The widths double up to this bound, which no clock reaches.
-    u64::try_from(time.as_micros()).map_or(u64::MAX >> 1, |micros| micros.min(u64::MAX >> 1))
 }
 
 #[cfg(test)]

@@ -23,7 +23,7 @@
 //!     touches: pages.map(touch).into(),
 //! };
 //! let traces = [trace([5, 1]), trace([1, 9]), trace([5, 3])];
-//! assert_eq!(Trace::from_bytes(&traces[0].to_bytes())?, traces[0]);
+//! assert_eq!(Trace::from_bytes(&traces[0].to_bytes()?)?, traces[0]);
 //! assert_eq!(merge(&traces, &MergeOptions::default()), [5, 1]);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
@@ -55,10 +55,17 @@ use crate::store::{FileStore, Reason, Store as _};
 /// The extension of the names of trace files.
 pub const FILE_EXTENSION: &str = "trace";
 
+/// Name of a trace in memory, for messages.
+const UNNAMED: &str = "the trace";
+
 const HEADER_BYTES: usize = size_of::<RawTraceHeader>();
 const TOUCH_BYTES: usize = size_of::<RawTraceTouch>();
 const CRC_BYTES: usize = 4;
-const MIN_BYTES: u64 = (HEADER_BYTES + CRC_BYTES) as u64;
+
+/// Returns the length of the file of a trace with this many touches.
+pub const fn file_bytes(touches: u64) -> u64 {
+    (HEADER_BYTES + CRC_BYTES) as u64 + touches * TOUCH_BYTES as u64
+}
 
 /// A recording of first touches.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -242,6 +249,14 @@ pub enum TraceError {
         /// Description of the damage.
         defect: Defect,
     },
+    /// The trace is not written, because a reader would refuse it.
+    #[error("{file}: cannot be written, since it would be no valid trace: {defect}")]
+    Invalid {
+        /// Name of the file.
+        file: String,
+        /// Description of what is wrong.
+        defect: Defect,
+    },
     /// The trace is of other memory.
     #[error(
         "the trace is of content {}, and {file} of {}; record a trace of that content",
@@ -313,7 +328,7 @@ impl Trace {
 
     /// Reads a trace from memory, and checks all of it.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, TraceError> {
-        Self::parse("the trace", bytes)
+        Self::parse(UNNAMED, bytes)
     }
 
     fn parse(file: &str, bytes: &[u8]) -> Result<Self, TraceError> {
@@ -336,12 +351,21 @@ impl Trace {
         for (at, raw) in touches.iter().enumerate() {
             trace.touches.push(check_touch(at, raw).map_err(damaged)?);
         }
-        trace.check_pages().map_err(damaged)?;
+        trace.check().map_err(damaged)?;
         Ok(trace)
     }
 
-    /// Returns the bytes of the trace's file.
-    pub fn to_bytes(&self) -> Vec<u8> {
+    /// Returns the bytes of the trace's file. A trace that a reader would refuse is an error.
+    pub fn to_bytes(&self) -> Result<Vec<u8>, TraceError> {
+        self.encode(UNNAMED)
+    }
+
+    fn encode(&self, file: &str) -> Result<Vec<u8>, TraceError> {
+        self.check().map_err(|flaw| TraceError::Invalid {
+            file: file.to_owned(),
+            defect: flaw.defect,
+        })?;
+        let count = self.touches.len() as u64;
         let since_1970 = self.begun.duration_since(SystemTime::UNIX_EPOCH);
         let begun = since_1970.map_or(0, |time| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));
         let header = RawTraceHeader {
@@ -352,12 +376,11 @@ impl Trace {
             page_slots: self.page_slots.into(),
             begun: begun.into(),
             present_at_start: self.present_at_start.into(),
-            count: (self.touches.len() as u64).into(),
+            count: count.into(),
             end: self.end.number().into(),
             reserved: [0; 44],
         };
-        let len = HEADER_BYTES + self.touches.len() * TOUCH_BYTES + CRC_BYTES;
-        let mut bytes = Vec::with_capacity(len);
+        let mut bytes = Vec::with_capacity(usize::try_from(file_bytes(count)).unwrap_or(0));
         bytes.extend_from_slice(header.as_bytes());
         for touch in &self.touches {
             let raw = RawTraceTouch {
@@ -375,26 +398,19 @@ impl Trace {
         }
         let crc = crc32fast::hash(&bytes);
         bytes.extend_from_slice(&crc.to_le_bytes());
-        bytes
+        Ok(bytes)
     }
 
     /// Writes the trace to a file, which gets its name when all of it is on disk. With `force` it
     /// replaces a file that exists. A trace that a reader would refuse is an error.
     pub fn write_path(&self, path: impl AsRef<Path>, force: bool) -> Result<(), TraceError> {
         let path = path.as_ref();
-        let (len, limit) = (self.touches.len() as u64, MAX_TRACE_TOUCHES);
-        let checked = check_limit("count", 72, len, limit).and_then(|()| self.check_pages());
-        checked.map_err(|flaw| TraceError::Damaged {
-            file: escape_path(path),
-            offset: flaw.at,
-            defect: flaw.defect,
-        })?;
+        let bytes = self.encode(&escape_path(path))?;
         let mut file = SnapshotFile::create(path, force)?;
-        file.write_all(&self.to_bytes())
-            .map_err(|source| TraceError::Write {
-                file: escape_path(path),
-                source,
-            })?;
+        file.write_all(&bytes).map_err(|source| TraceError::Write {
+            file: escape_path(path),
+            source,
+        })?;
         file.commit()?;
         Ok(())
     }
@@ -438,8 +454,13 @@ impl Trace {
         Ok(())
     }
 
-    /// Refuses pages beyond the memory, and pages that come twice.
-    fn check_pages(&self) -> Result<(), Flaw> {
+    /// Checks all values that a file might have and a trace must not, such as pages beyond the
+    /// memory, and pages that come twice. Reading and writing share it.
+    fn check(&self) -> Result<(), Flaw> {
+        if !self.page_slots.is_multiple_of(PAGES_PER_BLOCK_U64) {
+            let (value, accepted) = (self.page_slots, "multiples of 512");
+            return Err(Flaw::new(48, Defect::value("page_slots", value, accepted)));
+        }
         check_limit("page_slots", 48, self.page_slots, MAX_PAGES)?;
         check_limit(
             "present_at_start",
@@ -447,6 +468,8 @@ impl Trace {
             self.present_at_start,
             self.page_slots,
         )?;
+        let count = self.touches.len() as u64;
+        check_limit("count", 72, count, MAX_TRACE_TOUCHES)?;
         let mut seen = HashSet::new();
         for (number, touch) in self.touches.iter().enumerate() {
             let at = offset_of_touch(number);
@@ -493,7 +516,7 @@ fn check_ends<'a>(file: &str, bytes: &'a [u8], len: u64) -> Result<&'a RawTraceH
         expected,
     };
     let (header, _) =
-        RawTraceHeader::ref_from_prefix(bytes).map_err(|_| wrong_length(MIN_BYTES))?;
+        RawTraceHeader::ref_from_prefix(bytes).map_err(|_| wrong_length(file_bytes(0)))?;
     let version = header.version.get();
     if version != TRACE_VERSION {
         return Err(TraceError::UnsupportedVersion {
@@ -508,7 +531,7 @@ fn check_ends<'a>(file: &str, bytes: &'a [u8], len: u64) -> Result<&'a RawTraceH
         offset: flaw.at,
         defect: flaw.defect,
     })?;
-    let expected = MIN_BYTES + count * TOUCH_BYTES as u64;
+    let expected = file_bytes(count);
     if len != expected {
         return Err(wrong_length(expected));
     }
@@ -522,10 +545,6 @@ fn check_header(header: &RawTraceHeader) -> Result<Trace, Flaw> {
     }
     if header.reserved != [0; 44] {
         return Err(Flaw::new(84, Defect::Reserved { field: "reserved" }));
-    }
-    if !header.page_slots.get().is_multiple_of(PAGES_PER_BLOCK_U64) {
-        let (value, accepted) = (header.page_slots.get(), "multiples of 512");
-        return Err(Flaw::new(48, Defect::value("page_slots", value, accepted)));
     }
     let end = header.end.get();
     let known = TraceEnd::ALL

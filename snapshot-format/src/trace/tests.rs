@@ -24,7 +24,7 @@ fn trace(pages: &[u64]) -> Trace {
 
 /// Returns the bytes of a trace after a change of its parts, with the right CRC.
 fn changed(change: impl FnOnce(&mut RawTraceHeader, &mut [RawTraceTouch])) -> Vec<u8> {
-    let mut bytes = trace(&[5, 1023, 0]).to_bytes();
+    let mut bytes = trace(&[5, 1023, 0]).to_bytes().unwrap();
     let end = bytes.len() - CRC_BYTES;
     let (header, touches) = RawTraceHeader::mut_from_prefix(&mut bytes[..end]).unwrap();
     change(header, <[RawTraceTouch]>::mut_from_bytes(touches).unwrap());
@@ -56,14 +56,14 @@ fn times_beyond_the_format_are_the_nearest_ones() {
     let mut long = trace(&[5]);
     long.touches[0].at = Duration::from_secs(7201);
     long.begun = SystemTime::UNIX_EPOCH - Duration::from_secs(1);
-    let read = Trace::from_bytes(&long.to_bytes()).unwrap();
+    let read = Trace::from_bytes(&long.to_bytes().unwrap()).unwrap();
     assert_eq!(read.touches[0].at, Duration::from_micros(u32::MAX.into()));
     assert_eq!(read.begun, SystemTime::UNIX_EPOCH);
 }
 
 #[test]
 fn every_flipped_bit_is_damage() {
-    let bytes = trace(&[5, 1023, 0]).to_bytes();
+    let bytes = trace(&[5, 1023, 0]).to_bytes().unwrap();
     for at in 0..bytes.len() {
         for bit in 0..8 {
             let mut flipped = bytes.clone();
@@ -79,7 +79,7 @@ fn every_flipped_bit_is_damage() {
 fn every_other_length_is_damage() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("a.trace");
-    let mut bytes = trace(&[5, 1023, 0]).to_bytes();
+    let mut bytes = trace(&[5, 1023, 0]).to_bytes().unwrap();
     for len in 0..bytes.len() {
         let error = Trace::from_bytes(&bytes[..len]).unwrap_err();
         assert!(error.is_damage(), "{len} bytes: {error}");
@@ -107,7 +107,7 @@ fn claimed_lengths_are_refused_before_they_are_read() {
         let text = Trace::read_path(&path).unwrap_err().to_string();
         assert!(text.contains("at byte 72: count is"), "{text}");
     }
-    std::fs::write(&path, trace(&[1]).to_bytes()).unwrap();
+    std::fs::write(&path, trace(&[1]).to_bytes().unwrap()).unwrap();
     let file = std::fs::File::options().write(true).open(&path).unwrap();
     file.set_len(1 << 40).unwrap();
     let text = Trace::read_path(&path).unwrap_err().to_string();
@@ -162,13 +162,48 @@ fn each_wrong_field_is_named_with_its_place() {
     }
 }
 
+/// [`Trace::to_bytes`] and [`Trace::write_path`] accept what [`Trace::from_bytes`] does.
 #[test]
 fn trace_that_no_reader_accepts_is_not_written() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("a.trace");
-    for pages in [&[1, 1][..], &[1024]] {
-        let error = trace(pages).write_path(&path, true).unwrap_err();
-        assert!(error.is_damage(), "{error}");
+    let cases = [
+        (trace(&[1, 1]), "page is 1; accepted: each page once"),
+        (trace(&[1024]), "page is 1024; accepted: below 1024"),
+        (
+            Trace {
+                page_slots: 1000,
+                ..trace(&[1])
+            },
+            "page_slots is 1000; accepted: multiples of 512",
+        ),
+        (
+            Trace {
+                page_slots: 2 * MAX_PAGES,
+                ..trace(&[1])
+            },
+            "page_slots is 137438953472, more than the limit",
+        ),
+        (
+            Trace {
+                present_at_start: 1025,
+                ..trace(&[1])
+            },
+            "present_at_start is 1025, more than the limit",
+        ),
+    ];
+    for (trace, expected) in cases {
+        let error = trace.to_bytes().unwrap_err();
+        assert!(matches!(error, TraceError::Invalid { .. }), "{error}");
+        let text = error.to_string();
+        assert!(text.contains(expected), "{text}");
+        let error = trace.write_path(&path, true).unwrap_err();
+        assert!(!error.is_damage(), "{error}");
+        let text = error.to_string();
+        assert!(
+            text.contains(expected) && text.contains("a.trace"),
+            "{text}"
+        );
         assert!(!path.exists());
     }
 }

@@ -15,7 +15,7 @@ use crate::store::Reason;
 
 /// Number of blocks that are checked together: their page digests take 16 MiB, their index blocks
 /// at most 20 MiB.
-const WINDOW: u64 = 1024;
+const BATCH_BLOCKS: u64 = 1024;
 /// Frames between two calls of the progress callback.
 const BATCH: usize = 64;
 
@@ -70,7 +70,7 @@ impl Check<'_> {
         };
         let mut first = 0;
         while first < blocks {
-            let count = WINDOW.min(blocks - first);
+            let count = BATCH_BLOCKS.min(blocks - first);
             let window = self.load_window(first, count);
             digests.unknown.clear();
             digests.unknown.resize(window.blocks.len(), false);

@@ -10,7 +10,7 @@
 //! ```
 //!
 //! Which pages correspond is up to the caller. Those of one block may correspond to several
-//! stretches of the base, which need not begin where a block does.
+//! runs of the base, which need not begin where a block does.
 //!
 //! All of it runs on the pool, as a part of examining a block. Several blocks may name one frame:
 //! at their border, or because they share content. It is decoded once, and the digests of its pages
@@ -25,7 +25,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use super::WriteError;
 use super::block::{Alike, BlockBuffer, Examined, Given, Seen, examine_pages, key};
 use super::dedup::Key;
-use super::matching::{LoadedBlocks, Samples, Stretch};
+use super::matching::{BaseRun, LoadedBlocks, Samples};
 use crate::digest::{self, Digest};
 use crate::error::ReadError;
 use crate::frame::FrameRef;
@@ -194,15 +194,15 @@ impl Base {
     }
 
     /// Examines the pages of a block as [`super::block::examine`] does, and compares them with the
-    /// base: with its pages in `stretches`, which correspond, and with others of the same content.
+    /// base: with its pages in `base_runs`, which correspond, and with others of the same content.
     pub(super) fn examine(
         &self,
         given: &[Given],
         buffer: Option<&Arc<BlockBuffer>>,
-        stretches: &[Stretch],
+        base_runs: &[BaseRun],
     ) -> Result<Examined, WriteError> {
         let as_base = |given: &Given| matches!(given, Given::Base);
-        let counterpart = self.counterpart(given.len(), stretches);
+        let counterpart = self.counterpart(given.len(), base_runs);
         let mut loaded = LoadedBlocks::default();
         let is_given = !given.iter().any(as_base);
         let mut examined = if is_given {
@@ -221,7 +221,7 @@ impl Base {
                 };
             }
             let mut damage = None;
-            for number in stretches.iter().flat_map(Stretch::blocks) {
+            for number in base_runs.iter().flat_map(BaseRun::blocks) {
                 // All bytes were given, so the base is not needed.
                 match loaded.load(self, number) {
                     Err(error) if error.is_base_damage() => {
@@ -241,14 +241,12 @@ impl Base {
             {
                 return self.unchanged_block(number, digest);
             }
-            for number in stretches.iter().flat_map(Stretch::blocks) {
+            for number in base_runs.iter().flat_map(BaseRun::blocks) {
                 loaded.load(self, number)?;
             }
             examine_pages(given, buffer, |i| {
-                let stretch = stretches
-                    .iter()
-                    .find(|stretch| stretch.range().contains(&i));
-                let page = stretch.and_then(|stretch| loaded.page(stretch.page_of(i)));
+                let run = base_runs.iter().find(|run| run.range().contains(&i));
+                let page = run.and_then(|run| loaded.page(run.page_of(i)));
                 page.expect("the writer has checked that the base has the page")
             })
         };
@@ -259,18 +257,18 @@ impl Base {
             return self.unchanged_block(number, examined.digest);
         }
         // A page of a diff was written to, so it has rarely moved.
-        self.find(&mut examined.pages, stretches, &mut loaded, is_given)?;
+        self.find(&mut examined.pages, base_runs, &mut loaded, is_given)?;
         examined.base_frames = loaded.into_frames();
         Ok(examined)
     }
 
     /// Returns the number of the block of which all pages correspond to those of a block of `pages`
     /// pages, in the same places.
-    fn counterpart(&self, pages: usize, stretches: &[Stretch]) -> Option<u64> {
-        let [stretch] = stretches else { return None };
-        let number = stretch.page / PAGES_PER_BLOCK_U64;
-        let same = stretch.page.is_multiple_of(PAGES_PER_BLOCK_U64)
-            && stretch.range() == (0..pages)
+    fn counterpart(&self, pages: usize, base_runs: &[BaseRun]) -> Option<u64> {
+        let [run] = base_runs else { return None };
+        let number = run.page / PAGES_PER_BLOCK_U64;
+        let same = run.page.is_multiple_of(PAGES_PER_BLOCK_U64)
+            && run.range() == (0..pages)
             && self.snapshot.pages_of_block(number) == pages;
         same.then_some(number)
     }

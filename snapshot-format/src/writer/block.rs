@@ -8,8 +8,8 @@ use super::WriteError;
 use super::base::{Base, BaseFrame, BasePage, Kept};
 use super::copy::CopiedFrame;
 use super::dedup::Key;
-use super::matching::Stretch;
-use super::workers::{Event, Stock};
+use super::matching::BaseRun;
+use super::workers::{Event, FreeList};
 use crate::digest::{self, Digest};
 use crate::layout::{PAGE_SIZE, PAGES_PER_BLOCK};
 
@@ -24,7 +24,7 @@ enum Home {
     /// The caller's thread, which waits for it.
     Writer(Sender<Event>),
     /// The threads that copy a snapshot.
-    Copiers(Arc<Stock<Vec<u8>>>),
+    Copiers(Arc<FreeList<Vec<u8>>>),
 }
 
 impl BlockBuffer {
@@ -36,13 +36,13 @@ impl BlockBuffer {
         }
     }
 
-    /// Takes a buffer from `stock`, or allocates one for it. A used one has the bytes of its last
+    /// Takes a buffer from `free`, or allocates one. A used one has the bytes of its last
     /// user.
-    pub(super) fn of(stock: &Arc<Stock<Vec<u8>>>) -> Self {
-        let idle = stock.take();
+    pub(super) fn of(free: &Arc<FreeList<Vec<u8>>>) -> Self {
+        let idle = free.pop();
         Self {
             bytes: idle.unwrap_or_else(|| vec![0; PAGES_PER_BLOCK * PAGE_SIZE]),
-            home: Home::Copiers(Arc::clone(stock)),
+            home: Home::Copiers(Arc::clone(free)),
         }
     }
 
@@ -66,7 +66,7 @@ impl Drop for BlockBuffer {
         match &self.home {
             // The receiver is gone if the writer itself was dropped.
             Home::Writer(home) => drop(home.send(Event::Buffer(bytes))),
-            Home::Copiers(stock) => stock.give(bytes),
+            Home::Copiers(free) => free.push(bytes),
         }
     }
 }
@@ -134,10 +134,10 @@ impl Examined {
 pub(super) fn examine(
     given: &[Given],
     buffer: Option<&Arc<BlockBuffer>>,
-    base: Option<&(Arc<Base>, Vec<Stretch>)>,
+    base: Option<&(Arc<Base>, Vec<BaseRun>)>,
 ) -> Result<Examined, WriteError> {
     match base {
-        Some((base, stretches)) => base.examine(given, buffer, stretches),
+        Some((base, base_runs)) => base.examine(given, buffer, base_runs),
         None => Ok(examine_pages(given, buffer, |_| {
             unreachable!("a writer without a base takes no page of it")
         })),
@@ -207,7 +207,7 @@ pub(super) struct Gather {
     pub(super) given: Vec<Given>,
     pub(super) buffer: Option<BlockBuffer>,
     /// Pages that correspond to pages of the base.
-    pub(super) stretches: Vec<Stretch>,
+    pub(super) base_runs: Vec<BaseRun>,
 }
 
 impl Gather {
@@ -224,7 +224,7 @@ impl Gather {
         let pages = base_pages.end.saturating_sub(base_pages.start);
         let with_counterpart = usize::try_from(pages).map_or(count, |pages| pages.min(count));
         if with_counterpart > 0 {
-            Stretch::append(&mut self.stretches, at, with_counterpart, base_pages.start);
+            BaseRun::append(&mut self.base_runs, at, with_counterpart, base_pages.start);
         }
         self.given.extend(std::iter::repeat_n(given, count));
     }

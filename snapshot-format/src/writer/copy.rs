@@ -34,8 +34,8 @@ use super::WriteError;
 use super::base::{Base, BaseFrame, block_digests};
 use super::block::{Alike, BlockBuffer, Examined, Seen, key};
 use super::frame::{Built, PageList, copy};
-use super::matching::{LoadedBlocks, Stretch};
-use super::workers::{Records, Stock, Workers};
+use super::matching::{BaseRun, LoadedBlocks};
+use super::workers::{FreeList, RecordBuffers, Workers};
 use crate::digest::{self, Digest};
 use crate::error::{Defect, Flaw, Part};
 use crate::frame::{Codec, FrameRef};
@@ -47,7 +47,7 @@ use crate::layout::{
 use crate::snapshot::{FrameDecoder, Snapshot};
 use crate::store::Reason;
 use hot::Hot;
-pub(super) use hot::{HotPages, Wanted};
+pub(super) use hot::Wanted;
 
 /// Percentage of a frame's slots that must be in use for it to be copied as it is.
 ///
@@ -56,9 +56,9 @@ pub(super) use hot::{HotPages, Wanted};
 /// 45 % 0.35, 1.26; 50 % 0.38, 1.23; 55 % 0.48, 1.18; 60 % 0.56, 1.13; 75 % 0.85, 1.06.
 const MIN_PERCENT_IN_USE: usize = 50;
 /// Number of blocks whose index is read together for the plan.
-const WINDOW: u64 = 1024;
-/// Number of remembered digests of slots, of frames that several blocks use: 32 MiB.
-const MAX_REMEMBERED: u64 = 1 << 20;
+const INDEX_BATCH_BLOCKS: u64 = 1024;
+/// Maximum number of remembered digests of slots, of frames that several blocks use: 32 MiB.
+const MAX_REMEMBERED_SLOTS: u64 = 1 << 20;
 
 /// A snapshot that is copied. Threads of the pool share it.
 pub(super) struct CopySource {
@@ -74,20 +74,24 @@ pub(super) struct CopySource {
     dictionaries: Vec<Vec<u8>>,
     /// Digests of slots, by the frame's index in `frames`.
     remembered: Cache<usize, Arc<[Digest]>, BySlots>,
-    decoders: Stock<Decoder>,
+    decoders: FreeList<Decoder>,
     /// Buffers of blocks, and of frame records.
-    buffers: Arc<Stock<Vec<u8>>>,
-    records: Arc<Records>,
+    buffers: Arc<FreeList<Vec<u8>>>,
+    record_buffers: Arc<RecordBuffers>,
 }
 
-/// The purpose of a copy.
-pub(super) enum Purpose<'a> {
+/// The kind of a rewrite.
+pub(super) enum RewriteMode<'a> {
     /// A file that needs no other.
-    OneFile,
+    Flatten,
     /// A child of another base. `old_base` is the name of the one so far, for messages.
-    NewBase { old_base: &'a str },
-    /// A file of the same ancestors, if any, with hot pages at its front.
-    Hot(Wanted),
+    Rebase {
+        base: &'a Arc<Snapshot>,
+        old_base: String,
+    },
+    /// A file of the same ancestors, if any, with hot pages at its front: the working set `name`,
+    /// and then those of the other sets.
+    Optimize { wanted: Wanted, name: &'a str },
 }
 
 /// Layer and offset of a frame.
@@ -160,17 +164,17 @@ impl CopySource {
     pub(super) fn plan(
         snapshot: &Arc<Snapshot>,
         base: Option<&Arc<Base>>,
-        purpose: Purpose<'_>,
+        mode: RewriteMode<'_>,
         workers: &Workers,
     ) -> Result<Self, WriteError> {
         snapshot.prepare().map_err(WriteError::Copied)?;
-        let (new_base, hot) = match purpose {
-            Purpose::OneFile => (None, Hot::default()),
-            Purpose::NewBase { old_base } => {
+        let (new_base, hot) = match mode {
+            RewriteMode::Flatten => (None, Hot::default()),
+            RewriteMode::Rebase { old_base, .. } => {
                 let base = base.map(|base| NewBase::new(snapshot, base, old_base));
                 (base, Hot::default())
             }
-            Purpose::Hot(wanted) => (None, Hot::new(wanted, base)),
+            RewriteMode::Optimize { wanted, .. } => (None, Hot::new(wanted, base)),
         };
         let mut source = Self {
             recorded: block_digests(snapshot).map_err(WriteError::Copied)?,
@@ -179,16 +183,16 @@ impl CopySource {
             frames: Vec::new(),
             by_place: HashMap::new(),
             dictionaries: Vec::new(),
-            remembered: Cache::with_weighter(1 << 15, MAX_REMEMBERED, BySlots),
-            decoders: Stock::default(),
+            remembered: Cache::with_weighter(1 << 15, MAX_REMEMBERED_SLOTS, BySlots),
+            decoders: FreeList::default(),
             buffers: Arc::default(),
-            records: Arc::clone(workers.records()),
+            record_buffers: Arc::clone(workers.record_buffers()),
             snapshot: Arc::clone(snapshot),
         };
         let blocks = snapshot.block_count();
         let mut first = 0;
         while first < blocks {
-            let end = blocks.min(first + WINDOW);
+            let end = blocks.min(first + INDEX_BATCH_BLOCKS);
             let loaded: Vec<Option<Result<IndexBlock, WriteError>>> =
                 workers.pool().install(|| {
                     (first..end)
@@ -489,8 +493,11 @@ impl CopySource {
         let checked = decoder
             .frames
             .check(&self.snapshot, frame, Reason::Prefetch)
-            .map(|payload| block.copies.extend(planned.copy(payload, &self.records)));
-        self.decoders.give(decoder);
+            .map(|payload| {
+                let copy = planned.copy(payload, &self.record_buffers);
+                block.copies.extend(copy);
+            });
+        self.decoders.push(decoder);
         checked.map_err(WriteError::CopiedFrame)
     }
 
@@ -506,7 +513,9 @@ impl CopySource {
         let digests: Arc<[Digest]> = self.decode(frame, |decoder, bytes| {
             if is_first {
                 let payload = decoder.payload(frame);
-                block.copies.extend(planned.copy(payload, &self.records));
+                block
+                    .copies
+                    .extend(planned.copy(payload, &self.record_buffers));
             }
             let slots = (0u16..).zip(bytes.chunks_exact(PAGE_SIZE));
             slots
@@ -558,11 +567,11 @@ impl CopySource {
     ) -> Result<(), WriteError> {
         let new = self.base.as_ref();
         let mut loaded = LoadedBlocks::default();
-        let mut stretches = Vec::new();
+        let mut base_runs = Vec::new();
         if let Some((new, there)) = new.zip(self.counterpart(block.number)) {
             loaded.load(&new.base, there)?;
             let first = there * PAGES_PER_BLOCK_U64;
-            stretches.push(Stretch::new(0, block.pages.len(), first));
+            base_runs.push(BaseRun::new(0, block.pages.len(), first));
             // If all are as in the new base, the digest of the block is right.
             for &(i, _) in elsewhere.iter().flat_map(|(_, uses)| uses) {
                 if let Some((seen, digest)) = loaded.page(first + i as u64) {
@@ -584,7 +593,7 @@ impl CopySource {
         }
         if let Some(new) = new {
             let base = &new.base;
-            base.find(&mut block.pages, &stretches, &mut loaded, true)?;
+            base.find(&mut block.pages, &base_runs, &mut loaded, true)?;
         }
         if !block.pages.iter().any(|seen| matches!(seen, Seen::Data(_))) {
             block.buffer = None;
@@ -607,12 +616,12 @@ impl CopySource {
             .map(drop)
             .map_err(WriteError::CopiedFrame)
             .map(|()| then(&decoder.frames, &decoder.bytes[..frame.decoded_len()]));
-        self.decoders.give(decoder);
+        self.decoders.push(decoder);
         result
     }
 
     fn take_decoder(&self) -> Decoder {
-        let idle = self.decoders.take();
+        let idle = self.decoders.pop();
         idle.unwrap_or_else(|| Decoder {
             frames: FrameDecoder::new(),
             bytes: vec![0; MAX_FRAME_SLOTS * PAGE_SIZE],
@@ -622,10 +631,10 @@ impl CopySource {
 
 impl Planned {
     /// Returns the number and the copy of the frame, if it is copied. `payload` is its payload.
-    fn copy(&self, payload: &[u8], records: &Records) -> Option<(u32, CopiedFrame)> {
+    fn copy(&self, payload: &[u8], buffers: &RecordBuffers) -> Option<(u32, CopiedFrame)> {
         let (number, dictionary) = self.copied?;
         let copy = CopiedFrame {
-            built: copy(&self.frame, payload, &self.pages, dictionary, records),
+            built: copy(&self.frame, payload, &self.pages, dictionary, buffers),
             slots_in_use: self.pages.slots_in_use() as u64,
         };
         Some((number, copy))
@@ -633,7 +642,7 @@ impl Planned {
 }
 
 impl NewBase {
-    fn new(snapshot: &Snapshot, base: &Arc<Base>, old_base: &str) -> Self {
+    fn new(snapshot: &Snapshot, base: &Arc<Base>, old_base: String) -> Self {
         let there = base.snapshot().regions();
         let counterparts = snapshot.regions().iter().map(|region| {
             let mut same = there.iter().filter(|other| {
@@ -647,7 +656,7 @@ impl NewBase {
         Self {
             counterparts: counterparts.collect(),
             base: Arc::clone(base),
-            old_base: old_base.to_owned(),
+            old_base,
         }
     }
 }

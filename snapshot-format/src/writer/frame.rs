@@ -12,7 +12,7 @@ use zstd::zstd_safe::{self, CCtx, CParameter, ErrorCode};
 
 use super::WriteError;
 use super::block::BlockBuffer;
-use super::workers::Records;
+use super::workers::RecordBuffers;
 use crate::frame::FrameRef;
 use crate::layout::{
     FRAME_MAGIC, MAX_LISTED_PAGES_PER_SLOT, PAGE_SIZE, PAGES_PER_BLOCK_U64, RawFrameHeader,
@@ -293,7 +293,7 @@ pub(super) struct Built {
     pub(super) reference: RawFrameRef,
     /// A buffer to reuse.
     pub(super) spare: Vec<u8>,
-    /// Whether it is the copy of a frame of another file, or a hot frame, which counts as one.
+    /// Set for the copy of a frame of another file, and for a hot frame, which counts as one.
     pub(super) copied: bool,
 }
 
@@ -394,10 +394,10 @@ pub(super) fn copy(
     payload: &[u8],
     pages: &PageList,
     dictionary: u16,
-    records: &Records,
+    buffers: &RecordBuffers,
 ) -> Built {
     let (head, len) = (pages.record_len(0), pages.record_len(payload.len()));
-    let mut record = records.take(len);
+    let mut record = buffers.get(len);
     record[head..len].copy_from_slice(payload);
     let encoding = (frame.to_raw(0).codec, dictionary);
     let list = (&pages.runs[..], pages.base_page);

@@ -49,7 +49,7 @@ const ENOUGH_SAMPLES: usize = 16;
 
 /// Consecutive pages of a block that correspond to consecutive pages of the base.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Stretch {
+pub(super) struct BaseRun {
     /// The first of them, counted from the start of the block.
     at: usize,
     count: usize,
@@ -57,16 +57,16 @@ pub(super) struct Stretch {
     pub(super) page: u64,
 }
 
-impl Stretch {
+impl BaseRun {
     pub(super) fn new(at: usize, count: usize, page: u64) -> Self {
         Self { at, count, page }
     }
 
-    /// Adds pages to a list, and extends its last stretch if they continue it.
-    pub(super) fn append(stretches: &mut Vec<Self>, at: usize, count: usize, page: u64) {
-        match stretches.last_mut() {
+    /// Adds pages to a list, and extends its last run if they continue it.
+    pub(super) fn append(base_runs: &mut Vec<Self>, at: usize, count: usize, page: u64) {
+        match base_runs.last_mut() {
             Some(last) if last.range().end == at && last.page_of(at) == page => last.count += count,
-            _ => stretches.push(Self::new(at, count, page)),
+            _ => base_runs.push(Self::new(at, count, page)),
         }
     }
 
@@ -123,10 +123,10 @@ impl LoadedBlocks {
     }
 
     /// Replaces pages that have the content of the pages of a loaded block that correspond.
-    fn find_in_place(&self, pages: &mut [Seen], stretches: &[Stretch]) {
-        for stretch in stretches {
-            for i in stretch.range() {
-                if let Some((there, at)) = self.block_of(stretch.page_of(i))
+    fn find_in_place(&self, pages: &mut [Seen], base_runs: &[BaseRun]) {
+        for run in base_runs {
+            for i in run.range() {
+                if let Some((there, at)) = self.block_of(run.page_of(i))
                     && pages[i] == Seen::Data(key(&there.digests[at]))
                     && let Some(page) = there.page(at)
                 {
@@ -207,12 +207,12 @@ impl Base {
     pub(super) fn find(
         &self,
         pages: &mut [Seen],
-        stretches: &[Stretch],
+        base_runs: &[BaseRun],
         loaded: &mut LoadedBlocks,
         search: bool,
     ) -> Result<(), WriteError> {
         // Pages in the same place are replaced first, so that those of a frame stay together.
-        loaded.find_in_place(pages, stretches);
+        loaded.find_in_place(pages, base_runs);
         let elsewhere: Vec<(usize, Key)> = (0..).zip(&*pages).filter_map(data).collect();
         loaded.find_anywhere(pages);
         if search && elsewhere.len() >= MIN_MOVED_PAGES {
@@ -247,7 +247,7 @@ impl Base {
         for (distance, _) in votes {
             let before = usize::try_from(distance.saturating_neg()).unwrap_or(0);
             let page = u64::try_from(distance).unwrap_or(0);
-            let there = Stretch::new(before, pages.len().saturating_sub(before), page);
+            let there = BaseRun::new(before, pages.len().saturating_sub(before), page);
             for number in there.blocks() {
                 if number < self.snapshot().block_count()
                     && self.snapshot().top(number) == Top::Block

@@ -41,8 +41,8 @@ pub use base::BaseDamage;
 pub use error::WriteError;
 pub use options::{Dictionary, RegionSpec, WriterOptions};
 pub use rewrite::{
-    DEFAULT_WORKING_SET, OptimizeOptions, Optimized, RewriteOptions, Rewritten, flatten, optimize,
-    rebase,
+    DEFAULT_WORKING_SET, OptimizeOptions, Optimized, RewriteOptions, Rewritten, WorkingSetStats,
+    flatten, optimize, rebase,
 };
 
 use self::base::{Base, UsedLayers};
@@ -524,14 +524,14 @@ impl<W: Write> Writer<W> {
         let Gather {
             given,
             buffer,
-            stretches,
+            base_runs,
         } = std::mem::take(&mut self.gather);
         if given.is_empty() {
             return Ok(());
         }
         let region = self.regions.len() - 1;
         let buffer = buffer.map(Arc::new);
-        let base = self.base.clone().map(|base| (base, stretches));
+        let base = self.base.clone().map(|base| (base, base_runs));
         self.stage.workers.examine(given, buffer.clone(), base);
         self.enqueue(QueueEntry::Block { region, buffer })
     }

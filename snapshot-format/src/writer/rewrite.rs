@@ -5,7 +5,7 @@ use std::io::Write;
 use std::sync::Arc;
 
 use super::block::Alike;
-use super::copy::{CopySource, HotPages, Purpose, Wanted};
+use super::copy::{CopySource, RewriteMode, Wanted};
 use super::sections::{self, BlobWriter};
 use super::{Dictionary, ProgressCallback, QueueEntry, WriteError, Writer, WriterOptions, Written};
 use crate::error::{Defect, Flaw, Part, ReadError};
@@ -81,7 +81,15 @@ impl Default for OptimizeOptions {
 pub struct Optimized {
     /// The new snapshot.
     pub rewritten: Rewritten,
-    /// Pages of the working set.
+    /// Its working set.
+    pub working_set: WorkingSetStats,
+}
+
+/// Counts of the working set at the front of an optimized file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct WorkingSetStats {
+    /// Pages of the set.
     pub pages: u64,
     /// Pages of it that no frame stores: fills, and unavailable pages.
     pub not_stored_pages: u64,
@@ -91,10 +99,10 @@ pub struct Optimized {
     pub from_ancestors: u64,
     /// Pages that were given and that no region has, or that were given before.
     pub ignored_pages: u64,
-    /// Frames of the working set. They lie at the front of the file, in order of need.
-    pub hot_frames: u64,
+    /// Frames of the set. They lie at the front of the file, in order of need.
+    pub frames: u64,
     /// Length of these frames.
-    pub hot_bytes: u64,
+    pub stored_bytes: u64,
 }
 
 /// Result of [`flatten`] and [`rebase`].
@@ -125,7 +133,7 @@ pub fn flatten<W: Write>(
     snapshot: &Arc<Snapshot>,
     options: RewriteOptions,
 ) -> Result<(W, Rewritten), WriteError> {
-    let (out, rewritten, _) = rewrite(out, snapshot, &Mode::Flatten, options)?;
+    let (out, rewritten, _) = rewrite(out, snapshot, RewriteMode::Flatten, options)?;
     Ok((out, rewritten))
 }
 
@@ -157,7 +165,9 @@ pub fn rebase<W: Write>(
             base: base.name().to_owned(),
         });
     }
-    let (out, rewritten, _) = rewrite(out, child, &Mode::Rebase(base), options)?;
+    let old_base = check_base(child, base)?;
+    let mode = RewriteMode::Rebase { base, old_base };
+    let (out, rewritten, _) = rewrite(out, child, mode, options)?;
     Ok((out, rewritten))
 }
 
@@ -185,70 +195,54 @@ pub fn optimize<W: Write>(
     pages: &[u64],
     options: OptimizeOptions,
 ) -> Result<(W, Optimized), WriteError> {
-    let mode = Mode::Optimize {
-        pages,
-        name: &options.name,
+    let name = &options.name[..];
+    let others = other_working_sets(snapshot, name)?;
+    let wanted = Wanted::new(snapshot, pages, &others, frame_pages(snapshot));
+    let mode = RewriteMode::Optimize { wanted, name };
+    let (out, rewritten, stats) = rewrite(out, snapshot, mode, options.rewrite)?;
+    let working_set = WorkingSetStats {
+        ignored_pages: pages.len() as u64 - stats.pages,
+        ..stats
     };
-    let (out, rewritten, hot) = rewrite(out, snapshot, &mode, options.rewrite)?;
     let optimized = Optimized {
         rewritten,
-        pages: hot.pages.listed,
-        not_stored_pages: hot.pages.not_stored,
-        left_in_ancestors: hot.pages.left_in_ancestors,
-        from_ancestors: hot.pages.from_ancestors,
-        ignored_pages: pages.len() as u64 - hot.pages.listed,
-        hot_frames: hot.frames,
-        hot_bytes: hot.bytes,
+        working_set,
     };
     Ok((out, optimized))
 }
 
-/// The kind of a rewrite.
-enum Mode<'a> {
-    Flatten,
-    Rebase(&'a Arc<Snapshot>),
-    Optimize { pages: &'a [u64], name: &'a str },
-}
-
-/// The working set of an optimized file.
-#[derive(Default)]
-struct HotSet {
-    runs: Vec<WorkingSetRun>,
-    pages: HotPages,
-    frames: u64,
-    bytes: u64,
+/// Returns the number of pages of a full frame.
+fn frame_pages(snapshot: &Snapshot) -> usize {
+    let pages = snapshot.summary().frame_bytes / PAGE_SIZE_U64;
+    let pages = usize::try_from(pages).unwrap_or(MAX_FRAME_SLOTS);
+    pages.clamp(1, MAX_FRAME_SLOTS)
 }
 
 fn rewrite<W: Write>(
     out: W,
     snapshot: &Arc<Snapshot>,
-    mode: &Mode<'_>,
+    mode: RewriteMode<'_>,
     options: RewriteOptions,
-) -> Result<(W, Rewritten, HotSet), WriteError> {
+) -> Result<(W, Rewritten, WorkingSetStats), WriteError> {
     let properties = snapshot.properties().map_err(WriteError::Copied)?;
-    let mut old_base = String::new();
-    let base = match mode {
-        Mode::Flatten => None,
-        Mode::Rebase(base) => {
-            old_base = check_base(snapshot, base, &properties)?;
-            Some(*base)
-        }
+    let (base, set_name) = match mode {
+        RewriteMode::Flatten => (None, None),
+        RewriteMode::Rebase { base, .. } => (Some(base), None),
         // The ancestors stay.
-        Mode::Optimize { .. } => (!snapshot.ancestors().is_empty()).then_some(snapshot),
+        RewriteMode::Optimize { name, .. } => {
+            let base = (!snapshot.ancestors().is_empty()).then_some(snapshot);
+            (base, Some(name))
+        }
     };
-    let keeps_base = matches!(mode, Mode::Optimize { .. });
-    let frame_pages = snapshot.summary().frame_bytes / PAGE_SIZE_U64;
-    let frame_pages = usize::try_from(frame_pages).unwrap_or(MAX_FRAME_SLOTS);
-    let frame_pages = frame_pages.clamp(1, MAX_FRAME_SLOTS);
     // The writer records its own, and a new base is the caller's to name.
     let kept = properties.into_iter().filter(|(key, _)| {
         !["writer", "writer.level", "writer.frame_pages"].contains(&&key[..])
-            && (keeps_base || !["base.id", "base.path"].contains(&&key[..]))
+            && (set_name.is_some() || !["base.id", "base.path"].contains(&&key[..]))
             && !key.starts_with("ancestor.")
     });
     let writer_options = WriterOptions {
         level: options.level,
-        frame_pages,
+        frame_pages: frame_pages(snapshot),
         dictionary: Dictionary::Off,
         threads: options.threads,
         snapshot_id: options.snapshot_id,
@@ -258,27 +252,17 @@ fn rewrite<W: Write>(
     };
     let mut writer = Writer::new(out, writer_options)?;
     writer.progress = options.progress;
-    let purpose = match *mode {
-        Mode::Flatten => Purpose::OneFile,
-        Mode::Rebase(_) => Purpose::NewBase {
-            old_base: &old_base,
-        },
-        Mode::Optimize { pages, name } => {
-            let others = other_working_sets(snapshot, name)?;
-            writer.stage.write_index_at_end();
-            Purpose::Hot(Wanted::new(snapshot, pages, &others, frame_pages))
-        }
-    };
-    let (copied_frames, hot) = writer.copy_from(snapshot, purpose)?;
+    if set_name.is_some() {
+        writer.stage.write_index_at_end();
+    }
+    let (copied_frames, runs, stats) = writer.copy_from(snapshot, mode)?;
     for attachment in snapshot.attachments().map_err(WriteError::Copied)? {
         writer.copy_attachment(snapshot, &attachment.name)?;
     }
-    let mut replaced = None;
-    if let Mode::Optimize { name, .. } = *mode {
-        writer.add_working_set(name, hot.runs.iter().copied())?;
-        replaced = Some(name);
+    if let Some(name) = set_name {
+        writer.add_working_set(name, runs)?;
     }
-    writer.copy_working_sets(snapshot, replaced)?;
+    writer.copy_working_sets(snapshot, set_name)?;
     let (out, written, dead_slots) = writer.finish_copy()?;
     let (old, new) = (snapshot.summary(), &written.summary);
     for (field, differs) in [
@@ -298,7 +282,7 @@ fn rewrite<W: Write>(
         copied_frames,
         dead_slots,
     };
-    Ok((out, rewritten, hot))
+    Ok((out, rewritten, stats))
 }
 
 /// Reads the working sets of a snapshot, without that called `name`.
@@ -316,11 +300,8 @@ fn other_working_sets(
 
 /// Compares a new base with the old base, if that is known and open. Returns the name of the old
 /// base for messages.
-fn check_base(
-    child: &Snapshot,
-    base: &Snapshot,
-    properties: &[(String, String)],
-) -> Result<String, WriteError> {
+fn check_base(child: &Snapshot, base: &Snapshot) -> Result<String, WriteError> {
+    let properties = child.properties().map_err(WriteError::Copied)?;
     let known = properties.iter().find(|(key, _)| key == "base.id");
     let Some((_, id)) = known else {
         return Ok("its base".to_owned());
@@ -411,33 +392,33 @@ impl<W: Write> Writer<W> {
     }
 
     /// Writes all memory of `snapshot`. Returns the number of frames that are copied as they are,
-    /// and the working set that comes first.
+    /// and the runs and counts of the working set that comes first.
     fn copy_from(
         &mut self,
         snapshot: &Arc<Snapshot>,
-        purpose: Purpose<'_>,
-    ) -> Result<(u64, HotSet), WriteError> {
+        mode: RewriteMode<'_>,
+    ) -> Result<(u64, Vec<WorkingSetRun>, WorkingSetStats), WriteError> {
         self.guarded(|writer| {
             let (base, workers) = (writer.base.as_ref(), &writer.stage.workers);
-            let mut source = CopySource::plan(snapshot, base, purpose, workers)?;
+            let mut source = CopySource::plan(snapshot, base, mode, workers)?;
             let dictionaries = source.take_dictionaries();
             if let Some(first) = dictionaries.first() {
                 writer.stage.workers.use_dictionary(first)?;
             }
             writer.stage.dictionaries = dictionaries;
             writer.copies = true;
-            let set = writer.write_hot(&mut source)?;
+            let stats = writer.write_hot(&mut source)?;
             let source = Arc::new(source);
             for region in snapshot.regions() {
                 writer.copy_region(&source, region)?;
             }
             writer.end_region()?;
-            Ok((source.copied_frames(), set))
+            Ok((source.copied_frames(), source.hot_runs(), stats))
         })
     }
 
-    /// Writes the hot frames, if there are any.
-    fn write_hot(&mut self, source: &mut CopySource) -> Result<HotSet, WriteError> {
+    /// Writes the hot frames, if there are any, and returns the counts of the first set.
+    fn write_hot(&mut self, source: &mut CopySource) -> Result<WorkingSetStats, WriteError> {
         let (of_first, all) = (source.first_hot_frames(), source.hot_frames());
         let mut bytes = 0;
         let mut written = 0;
@@ -457,11 +438,10 @@ impl<W: Write> Writer<W> {
         if of_first == all {
             bytes = self.stage.summary.stored_bytes;
         }
-        Ok(HotSet {
-            runs: source.hot_runs(),
-            pages: source.hot_pages(),
+        Ok(WorkingSetStats {
             frames: of_first as u64,
-            bytes,
+            stored_bytes: bytes,
+            ..source.count_hot_pages()
         })
     }
 

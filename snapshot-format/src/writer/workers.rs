@@ -24,7 +24,7 @@ use super::base::Base;
 use super::block::{BlockBuffer, Examined, Given, examine};
 use super::copy::CopySource;
 use super::frame::{Built, Compression, Scratch, Sealed, build, record_room};
-use super::matching::Stretch;
+use super::matching::BaseRun;
 use crate::dictionary::{Trained, train_on_frames};
 use crate::layout::{PAGE_SIZE, PAGES_PER_BLOCK};
 
@@ -81,21 +81,21 @@ impl<T> Reorder<T> {
     }
 }
 
-/// Things that threads take, use, and give back for the next one.
-pub(super) struct Stock<T>(Mutex<Vec<T>>);
+/// Items that threads take, use, and put back for the next user.
+pub(super) struct FreeList<T>(Mutex<Vec<T>>);
 
-impl<T> Default for Stock<T> {
+impl<T> Default for FreeList<T> {
     fn default() -> Self {
         Self(Mutex::default())
     }
 }
 
-impl<T> Stock<T> {
-    pub(super) fn take(&self) -> Option<T> {
+impl<T> FreeList<T> {
+    pub(super) fn pop(&self) -> Option<T> {
         self.lock().pop()
     }
 
-    pub(super) fn give(&self, item: T) {
+    pub(super) fn push(&self, item: T) {
         self.lock().push(item);
     }
 
@@ -106,15 +106,15 @@ impl<T> Stock<T> {
 }
 
 /// Buffers for frame records. Fresh memory costs more than the copy of a frame.
-pub(super) struct Records {
-    idle: Stock<Vec<u8>>,
+pub(super) struct RecordBuffers {
+    idle: FreeList<Vec<u8>>,
     room: usize,
 }
 
-impl Records {
+impl RecordBuffers {
     /// Returns a buffer of at least `len` bytes, and with room for any frame that is built.
-    pub(super) fn take(&self, len: usize) -> Vec<u8> {
-        let mut record = self.idle.take().unwrap_or_else(|| vec![0; self.room]);
+    pub(super) fn get(&self, len: usize) -> Vec<u8> {
+        let mut record = self.idle.pop().unwrap_or_else(|| vec![0; self.room]);
         if record.len() < len {
             record.resize(len, 0);
         }
@@ -124,8 +124,8 @@ impl Records {
 
 /// State shared by the threads.
 struct Shared {
-    scratch: Stock<Scratch>,
-    records: Arc<Records>,
+    scratch: FreeList<Scratch>,
+    record_buffers: Arc<RecordBuffers>,
 }
 
 pub(super) struct Workers {
@@ -166,9 +166,9 @@ impl Workers {
         Ok(Self {
             pool,
             shared: Arc::new(Shared {
-                scratch: Stock::default(),
-                records: Arc::new(Records {
-                    idle: Stock::default(),
+                scratch: FreeList::default(),
+                record_buffers: Arc::new(RecordBuffers {
+                    idle: FreeList::default(),
                     room: record_room(frame_pages),
                 }),
             }),
@@ -237,7 +237,7 @@ impl Workers {
         &mut self,
         given: Vec<Given>,
         buffer: Option<Arc<BlockBuffer>>,
-        base: Option<(Arc<Base>, Vec<Stretch>)>,
+        base: Option<(Arc<Base>, Vec<BaseRun>)>,
     ) {
         let number = self.examined.expect();
         let sender = self.sender.clone();
@@ -259,8 +259,8 @@ impl Workers {
     }
 
     /// Returns the buffers for records.
-    pub(super) fn records(&self) -> &Arc<Records> {
-        &self.shared.records
+    pub(super) fn record_buffers(&self) -> &Arc<RecordBuffers> {
+        &self.shared.record_buffers
     }
 
     /// Returns the threads of the pool.
@@ -289,11 +289,11 @@ impl Workers {
         let (sender, shared) = (self.sender.clone(), Arc::clone(&self.shared));
         let compression = Arc::clone(&self.compression);
         self.pool.spawn_fifo(move || {
-            let mut scratch = shared.scratch.take().unwrap_or_else(Scratch::new);
-            let record = shared.records.take(0);
+            let mut scratch = shared.scratch.pop().unwrap_or_else(Scratch::new);
+            let record = shared.record_buffers.get(0);
             let built = build(sealed, &compression, &mut scratch, record)
                 .map(|built| Built { number, ..built });
-            shared.scratch.give(scratch);
+            shared.scratch.push(scratch);
             let _ = sender.send(Event::Built(built));
         });
     }
@@ -311,7 +311,7 @@ impl Workers {
 
     /// Takes back the buffers of a frame that is written.
     pub(super) fn recycle(&mut self, record: Vec<u8>, spare: Vec<u8>) {
-        self.shared.records.idle.give(record);
+        self.shared.record_buffers.idle.push(record);
         if spare.capacity() > 0 {
             self.spare.push(spare);
         }

@@ -4,7 +4,8 @@
 use super::*;
 use crate::common::Sample;
 use snapshot_format::{
-    OptimizeOptions, Optimized, RewriteOptions, WorkingSetRun, flatten, optimize, rebase,
+    OptimizeOptions, Optimized, RewriteOptions, WorkingSetRun, WorkingSetStats, flatten, optimize,
+    rebase,
 };
 
 /// Pages of a frame in these tests.
@@ -133,12 +134,12 @@ fn expected(old: &Snapshot, pages: &[u64]) -> (Vec<u64>, Vec<Vec<u64>>) {
 }
 
 /// Compares the working set and the frames of a new file with the naive result.
-fn check_order(old: &File, new: &File, pages: &[u64], told: &Optimized) {
+fn check_order(old: &File, new: &File, pages: &[u64], set: &WorkingSetStats) {
     let (list, frames) = expected(&old.snapshot, pages);
     assert_eq!(working_set(new, "default"), list);
-    assert_eq!(told.pages, list.len() as u64);
-    assert_eq!(told.ignored_pages, (pages.len() - list.len()) as u64);
-    assert_eq!(told.hot_frames, frames.len() as u64);
+    assert_eq!(set.pages, list.len() as u64);
+    assert_eq!(set.ignored_pages, (pages.len() - list.len()) as u64);
+    assert_eq!(set.frames, frames.len() as u64);
     let mut at = 4096;
     for frame in &frames {
         for (page, slot) in frame.iter().zip(0..) {
@@ -150,17 +151,17 @@ fn check_order(old: &File, new: &File, pages: &[u64], told: &Optimized) {
         };
         at += u64::from(frame.stored_len());
     }
-    assert_eq!(at, 4096 + told.hot_bytes, "the frames follow each other");
+    assert_eq!(at, 4096 + set.stored_bytes, "the frames follow each other");
     let is_stored = |page: &&u64| place(&new.snapshot, **page).is_some();
     let not_stored = list.len() - list.iter().filter(is_stored).count();
-    assert_eq!(told.not_stored_pages, not_stored as u64);
+    assert_eq!(set.not_stored_pages, not_stored as u64);
     let in_ancestors = |file: &File| {
         let layers = list.iter().filter_map(|page| place(&file.snapshot, *page));
         layers.filter(|(layer, _, _)| *layer > 0).count() as u64
     };
-    assert_eq!(told.left_in_ancestors, in_ancestors(new));
+    assert_eq!(set.left_in_ancestors, in_ancestors(new));
     assert_eq!(
-        told.left_in_ancestors + told.from_ancestors,
+        set.left_in_ancestors + set.from_ancestors,
         in_ancestors(old)
     );
 }
@@ -179,9 +180,12 @@ fn working_set_lies_at_the_front_in_order_of_need() {
         300, 40, 5, 599, 1024, 301, 44, 42, 600, 5, 1123, 1124, 9999, 7, 41, 8, 200, 100,
     ];
     let (file, told) = optimized(&plain, &pages, optimize_options());
-    assert_eq!((told.pages, told.ignored_pages), (14, 4));
-    assert_eq!(told.not_stored_pages, 3);
-    check_order(&plain, &file, &pages, &told);
+    assert_eq!(
+        (told.working_set.pages, told.working_set.ignored_pages),
+        (14, 4)
+    );
+    assert_eq!(told.working_set.not_stored_pages, 3);
+    check_order(&plain, &file, &pages, &told.working_set);
     // Two frames, of 8 slots and of 2.
     let first = [5, 7, 8, 40, 41, 42, 44, 300, 301, 599, 1024, 1123];
     let list = [&first[..], &[100, 200]].concat();
@@ -230,7 +234,7 @@ fn other_working_sets_are_kept_and_packed_behind() {
     };
     assert_eq!(sets_of(&two), ["two", "one"]);
     assert_eq!(working_set(&two, "one"), working_set(&one, "one"));
-    assert_eq!((told.pages, told.hot_frames), (3, 1));
+    assert_eq!((told.working_set.pages, told.working_set.frames), (3, 1));
     let frames: Vec<u64> = [77, 20, 400, 500, 10, 300, 30]
         .iter()
         .map(|page| place(&two.snapshot, *page).expect("stored").1)
@@ -260,7 +264,7 @@ fn attachments_dictionaries_and_properties_are_kept() {
     let new = Snapshot::open(Arc::clone(&store) as _).expect("open");
     let report = verify(store, VerifyOptions::default()).expect("verify");
     assert_eq!(report.problems, []);
-    assert_eq!(told.pages, 4);
+    assert_eq!(told.working_set.pages, 4);
     assert_eq!(new.summary().state_digest, snapshot.summary().state_digest);
     assert_eq!(new.regions(), snapshot.regions());
     let attachments = snapshot.attachments().expect("attachments");
@@ -344,8 +348,14 @@ fn pages_of_sparse_ancestor_frames_move_to_the_child() {
     // Frames have 8 pages: half of one of the base's, one page of another, and the child's own.
     let pages = [1601, 1600, 600, 8, 1602, 1603];
     let (file, told) = optimized(&child, &pages, optimize_options());
-    check_order(&child, &file, &pages, &told);
-    assert_eq!((told.left_in_ancestors, told.from_ancestors), (4, 1));
+    check_order(&child, &file, &pages, &told.working_set);
+    assert_eq!(
+        (
+            told.working_set.left_in_ancestors,
+            told.working_set.from_ancestors
+        ),
+        (4, 1)
+    );
     assert_eq!(file.written.summary.stored_pages, 2);
     let ids: Vec<_> = file
         .snapshot
@@ -388,7 +398,13 @@ fn children_of_an_optimized_base_are_rebased() {
     check(&moved);
     // The child of the optimized base finds all but its own page dense in the base.
     let (file, told) = optimized(&moved, &[1500, 3, 900, 4, 5], optimize_options());
-    assert_eq!((told.left_in_ancestors, told.from_ancestors), (4, 0));
+    assert_eq!(
+        (
+            told.working_set.left_in_ancestors,
+            told.working_set.from_ancestors
+        ),
+        (4, 0)
+    );
     assert_eq!(file.written.summary.stored_pages, 1);
 }
 
@@ -422,10 +438,10 @@ proptest! {
             let slots = file.snapshot.page_slots().max(1);
             let pages: Vec<u64> = picks.iter().map(|pick| pick % (slots + 9)).collect();
             let (once, told) = optimized(&file, &pages, optimize_options());
-            check_order(&file, &once, &pages, &told);
+            check_order(&file, &once, &pages, &told.working_set);
             let back: Vec<u64> = pages.iter().rev().copied().collect();
             let (twice, told) = optimized(&once, &back, optimize_options());
-            check_order(&once, &twice, &back, &told);
+            check_order(&once, &twice, &back, &told.working_set);
             let (bytes, rewritten) =
                 flatten(Vec::new(), &twice.snapshot, rewrite_options()).expect("flatten");
             let store = Arc::new(MemoryStore::new(bytes.clone()));

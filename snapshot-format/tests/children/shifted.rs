@@ -9,7 +9,7 @@ use snapshot_format::flatten;
 struct Part {
     base_page: Option<u64>,
     pages: Vec<Content>,
-    /// Whether pages that are as in the base are given as such.
+    /// Set if pages that are as in the base are given as such.
     as_base: bool,
 }
 

@@ -1,7 +1,6 @@
 //! Chains of snapshots of memory that really changes: a working guest, of which each state is a
 //! child of the one before.
 
-use std::fmt::Write as _;
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
@@ -29,12 +28,7 @@ fn content_digest(memory: &[u8]) -> String {
         let pages: Vec<_> = block.chunks(PAGE).map(digest::page).collect();
         hasher.block(&digest::block(&pages));
     }
-    let digest = hasher.finish([(0, 0, (memory.len() / PAGE) as u64)]);
-    let mut text = String::new();
-    for byte in digest {
-        write!(text, "{byte:02x}").unwrap();
-    }
-    text
+    digest::hex(&hasher.finish([(0, 0, (memory.len() / PAGE) as u64)]))
 }
 
 /// Pages of a state that differ from the state before, by number.

@@ -1,12 +1,11 @@
 //! Summaries of a run and of VMs that have ended, for people and programs.
 
 use std::fmt;
-use std::time::Duration;
 
 use indicatif::HumanCount;
 use serde::{Deserialize, Serialize};
 use snaprestore_engine::pager::SessionEnd;
-use snaprestore_engine::stats::Stats;
+use snaprestore_engine::stats::{Stats, whole_micros};
 
 use crate::api::types::VmState;
 use crate::log::count;
@@ -114,11 +113,10 @@ impl VmSummary {
 
     /// Adds the statistics of the VM's session.
     pub(crate) fn with(self, stats: &Stats) -> Self {
-        let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         Self {
             faults: stats.faults,
-            fault_p50_us: micros(stats.fault_time.p50),
-            fault_p99_us: micros(stats.fault_time.p99),
+            fault_p50_us: whole_micros(stats.fault_time.p50),
+            fault_p99_us: whole_micros(stats.fault_time.p99),
             pages: stats.demand.total() + stats.prefetch.total(),
             prefetched: stats.prefetch.total(),
             discards: stats.discards,

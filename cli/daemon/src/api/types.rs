@@ -205,14 +205,14 @@ pub struct Recorded {
 }
 
 impl Recorded {
-    pub(crate) fn new(vm: VmId, trace: &Trace) -> Self {
+    pub(crate) fn new(vm: VmId, trace: &Trace) -> ApiResult<Self> {
         use std::fmt::Write as _;
-        let bytes = trace.to_bytes();
+        let bytes = trace.to_bytes().map_err(|error| error.to_string())?;
         let mut text = String::with_capacity(2 * bytes.len());
         for byte in bytes {
             let _ = write!(text, "{byte:02x}");
         }
-        Self { vm, trace: text }
+        Ok(Self { vm, trace: text })
     }
 
     /// Returns the trace, or `None` if the daemon sent something else.

@@ -12,23 +12,22 @@ use std::path::Path;
 
 use snaprestore_engine::RecordingOptions;
 use snapshot_format::names::escape_path;
-use snapshot_format::trace::{FILE_EXTENSION, Trace, TraceError};
+use snapshot_format::trace::{self, FILE_EXTENSION, Trace, TraceError};
 
 use super::Supervisor;
 use super::vm_files::vm_file;
 use crate::api::summary::VmLabel;
 use crate::error::Chain;
+use crate::ipc::TraceDestination;
 
-/// Size of a trace without its touches, at most.
-const MAX_HEADER_BYTES: u64 = 4096;
-/// Size of a touch in a trace.
-const TOUCH_BYTES: u64 = 16;
+/// Maximum size of a trace that a worker sends.
+const MAX_TRACE_BYTES: u64 = trace::file_bytes(RecordingOptions::MAX_PAGES);
 
 /// The recordings of a daemon.
 #[derive(Debug, Default)]
 pub(super) struct Recordings {
-    /// VMs whose recording is in the worker.
-    running: BTreeMap<u64, VmLabel>,
+    /// Recordings that are in the worker, by VM and destination.
+    running: BTreeMap<(u64, TraceDestination), VmLabel>,
 }
 
 /// Why a trace was not written.
@@ -44,8 +43,13 @@ pub(super) enum WriteTraceError {
 
 impl Recordings {
     /// Notes that the VM is being recorded.
-    pub(super) fn begin(&mut self, label: VmLabel) {
-        self.running.insert(label.id, label);
+    pub(super) fn begin(&mut self, label: VmLabel, destination: TraceDestination) {
+        self.running.insert((label.id, destination), label);
+    }
+
+    /// Forgets a recording of the VM. Returns the VM, if there was one.
+    fn end(&mut self, id: u64, destination: TraceDestination) -> Option<VmLabel> {
+        self.running.remove(&(id, destination))
     }
 }
 
@@ -54,10 +58,11 @@ impl Supervisor {
     pub(super) fn end_recording(
         &mut self,
         id: u64,
+        destination: TraceDestination,
         result: Result<(), String>,
         memfd: Option<OwnedFd>,
     ) {
-        let Some(label) = self.recordings.running.remove(&id) else {
+        let Some(label) = self.recordings.end(id, destination) else {
             return;
         };
         if let Err(why) = result {
@@ -65,9 +70,15 @@ impl Supervisor {
                 .vm_error(&label, format_args!("its recording is lost: {why}"));
             return;
         }
+        if destination == TraceDestination::Operator {
+            // The operator has it.
+            return;
+        }
         let service = self.vms.get(id).map(super::vm::VmRecord::service);
         let folder = service.and_then(|service| self.services.record_folder(service));
         let (Some(folder), Some(memfd)) = (folder, memfd) else {
+            let what = "its recording is lost: the VM ended before its trace arrived";
+            self.journal.vm_error(&label, what);
             return;
         };
         let path = vm_file(folder, &label, FILE_EXTENSION);
@@ -80,7 +91,7 @@ impl Supervisor {
 
     /// Logs that an operator has not stopped the recording of a VM that ended.
     pub(super) fn log_unfetched_recording(&mut self, id: u64) {
-        if let Some(label) = self.recordings.running.remove(&id) {
+        if let Some(label) = self.recordings.end(id, TraceDestination::Operator) {
             let what = "its recording is lost: it was not stopped before the VM ended";
             self.journal.vm_error(&label, what);
         }
@@ -100,10 +111,9 @@ impl Supervisor {
 /// Writes the trace in `memfd`, which a compromised worker may have sent, to a new file. Returns
 /// the message about it.
 fn write_trace(memfd: &File, path: &Path) -> Result<String, WriteTraceError> {
-    let most = MAX_HEADER_BYTES + RecordingOptions::MAX_PAGES * TOUCH_BYTES;
     let read = || -> io::Result<Vec<u8>> {
         let metadata = memfd.metadata()?;
-        let fits = metadata.is_file() && metadata.len() <= most;
+        let fits = metadata.is_file() && metadata.len() <= MAX_TRACE_BYTES;
         let len = usize::try_from(metadata.len()).ok().filter(|_| fits);
         let mut bytes = vec![0; len.ok_or(io::ErrorKind::FileTooLarge)?];
         memfd.read_exact_at(&mut bytes, 0)?;
@@ -120,4 +130,28 @@ fn write_trace(memfd: &File, path: &Path) -> Result<String, WriteTraceError> {
         escape_path(path),
         trace.end
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The trace of a recording for the folder may arrive after an operator has begun, or also
+    /// ended, another recording of the VM.
+    #[test]
+    fn recordings_of_one_vm_may_overlap() {
+        let label = VmLabel {
+            id: 7,
+            pid: 1,
+            service: "default".into(),
+        };
+        let mut recordings = Recordings::default();
+        for destination in [TraceDestination::Folder, TraceDestination::Operator] {
+            recordings.begin(label.clone(), destination);
+        }
+        for destination in [TraceDestination::Operator, TraceDestination::Folder] {
+            assert!(recordings.end(7, destination).is_some());
+            assert!(recordings.end(7, destination).is_none());
+        }
+    }
 }

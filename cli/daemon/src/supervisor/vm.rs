@@ -44,6 +44,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use snaprestore_engine::pager::firecracker::{Handshake, HandshakeError};
 use snaprestore_engine::pager::{AttachError, FrameId, OwnerRegion, Vitals};
+use snaprestore_engine::stats::whole_millis;
 use snaprestore_uffd::os::{Peer, kill_by_pidfd, open_page_map};
 use snaprestore_uffd::uffd::{PendingClose, is_userfaultfd};
 
@@ -544,7 +545,7 @@ impl VmRecord {
             id: self.id,
             service: self.service,
             pid: self.peer.pid,
-            age_ms: u64::try_from(self.connected.elapsed().as_millis()).unwrap_or(u64::MAX),
+            age_ms: whole_millis(self.connected.elapsed()),
             regions: memory.regions.clone(),
             page_map: memory.page_map.is_some(),
             quarantined: memory.quarantined(),

@@ -54,13 +54,18 @@ impl Supervisor {
                 incomplete,
                 run,
             } => self.end_vm(id, vm, incomplete, run),
-            FromWorker::RecordingBegan { id } => {
+            FromWorker::RecordingBegan { id, destination } => {
                 if let Some(record) = self.vms.get(id).filter(|record| record.is_active()) {
-                    self.recordings.begin(record.label());
+                    self.recordings.begin(record.label(), destination);
                 }
             }
-            FromWorker::RecordingEnded { id, result } => {
-                self.end_recording(id, result, descriptors.into_iter().next());
+            FromWorker::RecordingEnded {
+                id,
+                destination,
+                result,
+            } => {
+                let memfd = descriptors.into_iter().next();
+                self.end_recording(id, destination, result, memfd);
             }
         }
         Ok(())

@@ -34,7 +34,7 @@ use snaprestore_engine::fail_point::{FailPoint, fail_point};
 use snaprestore_engine::pager::{
     self, AttachError, FrameId, Handover, OwnerRegion, Paged, Pager, SessionEnd,
 };
-use snaprestore_engine::stats::Stats;
+use snaprestore_engine::stats::{Stats, whole_millis};
 use snaprestore_engine::{Recording, RecordingOptions, Shared};
 use snapshot_format::{FileStore, OpenError, Snapshot};
 
@@ -47,7 +47,7 @@ use crate::api::control;
 use crate::api::summary::{VmLabel, VmSummary};
 use crate::api::types::{self, MAX_RECENT_VMS, RequestError, VmState, VmStats};
 use crate::error::Chain;
-use crate::ipc::{Channel, Endpoint, Facts, FromWorker, ToWorker};
+use crate::ipc::{Channel, Endpoint, Facts, FromWorker, ToWorker, TraceDestination};
 use crate::log::{self, LogFormat};
 
 /// Interval at which suppressed events are logged.
@@ -473,8 +473,10 @@ impl Worker {
         fail_point(FailPoint::Received);
         let label = served.label();
         let vm = match self.resume(served, arrived) {
-            Ok(paged) => {
-                self.deliver_recording(served, paged);
+            Ok((paged, recording)) => {
+                if let Some(recording) = recording {
+                    self.deliver_recording(served.id, &recording);
+                }
                 wait_for_end(label, paged)
             }
             Err(error) if error.is_exit() => VmSummary::new(label, SessionEnd::Exited),
@@ -517,11 +519,12 @@ impl Worker {
         ended.push_back(stats);
     }
 
+    /// Begins to serve a VM. Returns its session, and its recording for the folder of the service.
     fn resume<'a>(
         &self,
         served: &'a ServedVm,
         arrived: ReceivedVm,
-    ) -> Result<&'a Paged, ServeError> {
+    ) -> Result<(&'a Paged, Option<Recording>), ServeError> {
         let id = served.id;
         let pager = served.service.pager(&self.shared)?;
         let pager = pager.prefetch_threads(self.cores);
@@ -548,36 +551,36 @@ impl Worker {
             page_map: arrived.page_map,
         };
         let session = pager.resume(handover, tables, &arrived.quarantined)?;
+        // Operators find the session from now on, and may begin another recording.
+        let recording = session.recording();
         let session = served.paged.get_or_init(|| session);
-        if session.recording().is_some() {
-            self.notify(&FromWorker::RecordingBegan { id });
+        if recording.is_some() {
+            let destination = TraceDestination::Folder;
+            self.notify(&FromWorker::RecordingBegan { id, destination });
         }
         self.notify(&FromWorker::Served { id });
         if self.draining.load(SeqCst) {
             served.complete_or_kill();
         }
-        Ok(session)
+        Ok((session, recording))
     }
 
     /// Waits for the end of a recording that began with the session, and sends its trace to the
     /// supervisor, which writes it to the folder of the service.
-    fn deliver_recording(&self, served: &ServedVm, paged: &Paged) {
-        if served.service.service.record.is_none() {
-            return;
-        }
-        let Some(recording) = paged.recording() else {
-            return;
-        };
+    fn deliver_recording(&self, id: u64, recording: &Recording) {
         while !recording.wait(Duration::MAX) {}
-        let id = served.id;
-        let sent = memfd_with(&recording.stop().to_bytes()).and_then(|memfd| {
-            let result = Ok(());
-            let message = FromWorker::RecordingEnded { id, result };
-            self.channel.send(&message, &[memfd.as_fd()])
-        });
+        let ended = |result| FromWorker::RecordingEnded {
+            id,
+            destination: TraceDestination::Folder,
+            result,
+        };
+        let bytes = recording.stop().to_bytes().map_err(io::Error::other);
+        let sent = bytes
+            .and_then(|bytes| memfd_with(&bytes))
+            .and_then(|memfd| self.channel.send(&ended(Ok(())), &[memfd.as_fd()]));
         if let Err(error) = sent {
-            let result = Err(format!("cannot send its trace to the supervisor: {error}"));
-            self.notify(&FromWorker::RecordingEnded { id, result });
+            let why = format!("cannot send its trace to the supervisor: {error}");
+            self.notify(&ended(Err(why)));
         }
     }
 
@@ -752,7 +755,7 @@ impl ServedVm {
                 pid: self.pid,
                 state,
                 reason: None,
-                age_ms: u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX),
+                age_ms: whole_millis(self.since.elapsed()),
             },
             session: paged.map(Paged::stats).unwrap_or_default(),
         }

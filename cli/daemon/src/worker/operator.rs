@@ -15,7 +15,7 @@ use crate::api::types::{
     ApiResult, Completed, List, OperatorApi, Recorded, RequestError, ServiceStatus, Upgraded, VmId,
     VmSelector, VmState, VmStats,
 };
-use crate::ipc::{FromWorker, SupervisorRequest};
+use crate::ipc::{FromWorker, SupervisorRequest, TraceDestination};
 
 /// Time limit for the supervisor to answer. An upgrade waits for another program to start.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -211,22 +211,30 @@ impl OperatorApi for Worker {
             }
             error => format!("cannot record VM {vm}: {error}").into(),
         })?);
-        self.notify(&FromWorker::RecordingBegan { id: vm });
+        self.notify(&FromWorker::RecordingBegan {
+            id: vm,
+            destination: TraceDestination::Operator,
+        });
         Ok(())
     }
 
     fn stop_recording(&self, vm: VmId) -> ApiResult<Recorded> {
         let served = self.recordable(vm)?;
         let paged = served.paged.get().ok_or_else(being_set_up)?;
-        if let Some(recording) = lock(&served.recording).take() {
+        // Held until the supervisor is told, so that the messages are in order.
+        let mut recording = lock(&served.recording);
+        if let Some(recording) = recording.take() {
             let recorded = Recorded::new(vm, &recording.stop());
-            let result = Ok(());
-            self.notify(&FromWorker::RecordingEnded { id: vm, result });
-            return Ok(recorded);
+            self.notify(&FromWorker::RecordingEnded {
+                id: vm,
+                destination: TraceDestination::Operator,
+                result: Ok(()),
+            });
+            return recorded;
         }
         // The trace of the service's recording is written to its folder as well.
         match paged.recording().filter(Recording::is_running) {
-            Some(recording) => Ok(Recorded::new(vm, &recording.stop())),
+            Some(recording) => Recorded::new(vm, &recording.stop()),
             None => Err(format!(
                 "VM {vm} is not being recorded; `snaprestore ctl record {vm} start` begins that"
             )

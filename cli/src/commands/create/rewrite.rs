@@ -88,8 +88,8 @@ pub(super) fn optimize_written(
     };
     let snapshot = Arc::new(snapshot);
     let new = Target::create(&args.output, args.force, cancel)?;
-    let (new, optimized) = plan.carry_out(new, &args.output, &snapshot, (output, cancel))?;
-    let set = WorkingSetFacts::of(&optimized, DEFAULT_WORKING_SET, traces.len());
+    let (new, optimized) = plan.execute(new, &args.output, &snapshot, (output, cancel))?;
+    let set = WorkingSetFacts::of(&optimized.working_set, DEFAULT_WORKING_SET, traces.len());
     let remark = (others > 0).then(|| Remark {
         key: "traces.other_content",
         value: others.to_string(),

@@ -15,10 +15,10 @@ use crate::signals::Cancel;
 
 /// Width of a map that is not shown on a terminal.
 const PLAIN_COLUMNS: u64 = 80;
-/// Lines of characters that a map has at most, besides one more for each group.
-const LINES: u64 = 16;
+/// Maximum number of lines of characters, besides one more for each group.
+const MAX_LINES: u64 = 16;
 /// Maximum number of groups.
-const GROUPS: usize = 24;
+const MAX_GROUPS: usize = 24;
 /// Columns of the addresses.
 const MARGIN: u64 = 18;
 
@@ -69,8 +69,8 @@ impl Drawing {
         let width = width.map_or(PLAIN_COLUMNS, |(width, _)| u64::from(width.0));
         let columns = width.saturating_sub(MARGIN).clamp(16, 256);
         let limits = Limits {
-            cells: LINES * columns,
-            groups: GROUPS,
+            cells: MAX_LINES * columns,
+            groups: MAX_GROUPS,
         };
         let hot = PageSet::of_working_sets(snapshot)?;
         Ok(Self {

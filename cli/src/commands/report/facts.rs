@@ -10,7 +10,7 @@ use snaprestore_engine::stats::{RUN_VERSION, RunRecord};
 use snapshot_format::trace::{Trace, TraceEnd};
 use snapshot_format::{FileStore, Region, Snapshot, digest};
 
-use super::map::COLOURED_LAYERS;
+use super::map::MAX_COLOURED_LAYERS;
 use crate::args;
 use crate::commands::info::InfoReport;
 use crate::facts::RegionFacts;
@@ -27,7 +27,7 @@ const LIMITS: Limits = Limits {
 /// Maximum size of a file with a run: several times the largest possible one.
 const MAX_RUN_BYTES: u64 = 4 << 20;
 /// Maximum number of points of a curve.
-const POINTS: usize = 200;
+const MAX_POINTS: usize = 200;
 /// Size of the plot of touches by time and address.
 pub(super) const PLOT_COLUMNS: usize = 96;
 pub(super) const PLOT_ROWS: usize = 48;
@@ -38,7 +38,7 @@ pub(super) struct ReportFacts {
     pub(super) map: MemoryMap,
     /// The file itself, and the ancestors that hold most pages.
     pub(super) shown_layers: Vec<u16>,
-    pub(super) trace: Option<TraceFacts>,
+    pub(super) trace: Option<TouchFacts>,
     pub(super) run: Option<RunFacts>,
 }
 
@@ -50,7 +50,7 @@ pub(super) struct RunFacts {
 }
 
 /// The working set over time.
-pub(super) struct TraceFacts {
+pub(super) struct TouchFacts {
     pub(super) touches: u64,
     pub(super) present_at_start: u64,
     pub(super) end: TraceEnd,
@@ -91,13 +91,13 @@ impl ReportFacts {
         let map = MemoryMap::read(snapshot, &hot, LIMITS, cancel)?;
         let mut shown_layers: Vec<u16> = (1..).take(map.layers.len() - 1).collect();
         shown_layers.sort_by_key(|&layer| std::cmp::Reverse(map.layers[usize::from(layer)]));
-        shown_layers.truncate(COLOURED_LAYERS);
+        shown_layers.truncate(MAX_COLOURED_LAYERS);
         shown_layers.insert(0, 0);
         Ok(Self {
             info: InfoReport::of(snapshot, &args.file)?,
             map,
             shown_layers,
-            trace: trace.map(|trace| TraceFacts::of(&trace, snapshot.regions())),
+            trace: trace.map(|trace| TouchFacts::of(&trace, snapshot.regions())),
             run,
         })
     }
@@ -188,7 +188,7 @@ fn read_run(path: &Path, snapshot: &Snapshot) -> Result<RunFacts> {
     })
 }
 
-impl TraceFacts {
+impl TouchFacts {
     fn of(trace: &Trace, regions: &[Region]) -> Self {
         let touches = &trace.touches;
         let span = touches.iter().map(|touch| touch.at).max();
@@ -215,7 +215,7 @@ impl TraceFacts {
             let row = part(position.into(), pages.saturating_sub(1).into(), PLOT_ROWS);
             *plot.entry((column, row)).or_default() += 1;
         }
-        let step = touches.len().div_ceil(POINTS).max(1);
+        let step = touches.len().div_ceil(MAX_POINTS).max(1);
         let mut curve = vec![(Duration::ZERO, 0)];
         let last = touches.len().saturating_sub(1);
         for (number, touch) in touches.iter().enumerate() {
@@ -277,7 +277,7 @@ mod tests {
             ],
         };
         let regions = [region(0, 100), region(512, 1), region(1024, 100)];
-        let facts = TraceFacts::of(&trace, &regions);
+        let facts = TouchFacts::of(&trace, &regions);
         assert_eq!((facts.touches, facts.present_at_start), (4, 3));
         let ms = Duration::from_millis;
         let curve = [
@@ -314,8 +314,8 @@ mod tests {
                 })
                 .collect(),
         };
-        let facts = TraceFacts::of(&trace, &[]);
-        assert!(facts.curve.len() <= POINTS + 2, "{}", facts.curve.len());
+        let facts = TouchFacts::of(&trace, &[]);
+        assert!(facts.curve.len() <= MAX_POINTS + 2, "{}", facts.curve.len());
         let last = (Duration::from_millis(100), 100_001);
         assert_eq!(facts.curve.last(), Some(&last));
         assert!(facts.plot.is_empty());

@@ -19,7 +19,7 @@ const COLUMNS: usize = 64;
 const SIDE: u64 = 20;
 const DRAWN: u64 = 18;
 /// Maximum number of ancestors with a colour of their own.
-pub(super) const COLOURED_LAYERS: usize = 5;
+pub(super) const MAX_COLOURED_LAYERS: usize = 5;
 
 /// A way to colour the cells.
 struct View {
@@ -71,7 +71,7 @@ fn shares(view: &str, cell: &Cell, layers: &[u16]) -> Vec<(&'static str, u64)> {
 }
 
 /// The classes of the file itself, of the ancestors that hold most pages, and of all others.
-const LAYER_CLASSES: [&str; COLOURED_LAYERS + 2] = ["l0", "l1", "l2", "l3", "l4", "l5", "l9"];
+const LAYER_CLASSES: [&str; MAX_COLOURED_LAYERS + 2] = ["l0", "l1", "l2", "l3", "l4", "l5", "l9"];
 
 /// Classes of a cell's compression with their upper limits, in tenths.
 const RATIO_CLASSES: [(&str, u64, &str); 5] = [
@@ -328,6 +328,20 @@ fn divide(shares: &[(&'static str, u64)]) -> Vec<(&'static str, u64)> {
     }
 }
 
+/// Returns the numbers of a cell, in the order of the table and of the page's data.
+pub(super) fn figures(counts: &Counts) -> [u64; 8] {
+    [
+        counts.zero,
+        counts.fill,
+        counts.stored,
+        counts.duplicate,
+        counts.ancestor,
+        counts.unavailable,
+        counts.hot,
+        counts.stored_bytes(),
+    ]
+}
+
 /// Returns the sum of all cells.
 fn sum(cells: &[Cell]) -> Counts {
     let mut sum = Counts::default();
@@ -366,22 +380,12 @@ fn write_table(out: &mut String, facts: &ReportFacts) -> fmt::Result {
             .map(move |(row, cells)| {
                 let counts = sum(cells);
                 let start = start.map(|start| start.saturating_add(row * row_bytes));
-                let numbers = [
-                    counts.pages(),
-                    counts.zero,
-                    counts.fill,
-                    counts.stored,
-                    counts.duplicate,
-                    counts.ancestor,
-                    counts.unavailable,
-                    counts.hot,
-                    counts.stored_bytes(),
-                ];
                 let first = [
                     name.clone(),
                     start.map_or(String::new(), |at| format!("{at:#x}")),
                 ];
-                let numbers = numbers.iter().map(|number| HumanCount(*number).to_string());
+                let numbers = [counts.pages()].into_iter().chain(figures(&counts));
+                let numbers = numbers.map(|number| HumanCount(number).to_string());
                 first.into_iter().chain(numbers).collect()
             })
     });

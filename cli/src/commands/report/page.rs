@@ -6,20 +6,20 @@ use std::time::Duration;
 
 use indicatif::{BinaryBytes, HumanCount};
 use serde_json::{Value, json};
-use snaprestore_engine::stats::{Durations, FaultSources, TimelineBucket};
+use snaprestore_engine::stats::{Durations, FaultSources, TimelineBucket, whole_micros};
 use snapshot_format::layout::PAGE_SIZE_U64;
 
 use super::charts::{Chart, Series, bytes, number};
-use super::facts::{PLOT_ROWS, ReportFacts, RunFacts, TraceFacts, region_name};
+use super::facts::{PLOT_ROWS, ReportFacts, RunFacts, TouchFacts, region_name};
 use super::html::{self, Column, figure, foreign, label, table, text};
 use super::map;
 use crate::map::{Counts, RATIO_LIMITS};
 use crate::output::{count, percent, ratio};
 
 /// Maximum number of regions in the tables of the compression.
-const LISTED_REGIONS: usize = 100;
+const MAX_LISTED_REGIONS: usize = 100;
 /// Maximum number of bars of a timeline.
-const TIMELINE_BARS: usize = 128;
+const MAX_TIMELINE_BARS: usize = 128;
 
 /// CSS classes of the sources of content, in the order of [`FaultSources::LABELS`].
 const SOURCE_CLASSES: [&str; 5] = ["c1", "c2", "c3", "c4", "c5"];
@@ -187,8 +187,8 @@ fn write_compression(out: &mut String, facts: &ReportFacts) -> fmt::Result {
         write_largest(out, facts, &largest)?;
     }
     out.write_str("</div>")?;
-    let left_out = largest.len().saturating_sub(LISTED_REGIONS);
-    let rows = largest.iter().take(LISTED_REGIONS).map(|&number| {
+    let left_out = largest.len().saturating_sub(MAX_LISTED_REGIONS);
+    let rows = largest.iter().take(MAX_LISTED_REGIONS).map(|&number| {
         let (region, counts) = (
             &facts.info.facts.regions[number],
             &facts.map.regions[number],
@@ -341,8 +341,8 @@ fn write_working_set(out: &mut String, facts: &ReportFacts) -> fmt::Result {
     Ok(())
 }
 
-fn write_trace(out: &mut String, facts: &ReportFacts, trace: &TraceFacts) -> fmt::Result {
-    let TraceFacts { span, end, .. } = trace;
+fn write_trace(out: &mut String, facts: &ReportFacts, trace: &TouchFacts) -> fmt::Result {
+    let TouchFacts { span, end, .. } = trace;
     write!(
         out,
         "<p>{} first touches in {}; the recording ended: {}.</p><div class=\"charts\">",
@@ -351,11 +351,10 @@ fn write_trace(out: &mut String, facts: &ReportFacts, trace: &TraceFacts) -> fmt
         text(end)
     )?;
     let ends = || ("0".to_owned(), duration(*span));
-    let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
     let points: Vec<_> = trace
         .curve
         .iter()
-        .map(|(at, pages)| (micros(*at), *pages))
+        .map(|(at, pages)| (whole_micros(*at), *pages))
         .collect();
     let chart = Chart {
         id: "touched",
@@ -517,7 +516,7 @@ fn write_latencies(out: &mut String, run: &RunFacts) -> fmt::Result {
 
 fn write_timeline(out: &mut String, run: &RunFacts) -> fmt::Result {
     let timeline = &run.record.timeline;
-    let merged = timeline.buckets.len().div_ceil(TIMELINE_BARS).max(1);
+    let merged = timeline.buckets.len().div_ceil(MAX_TIMELINE_BARS).max(1);
     let bars: Vec<&[TimelineBucket]> = timeline.buckets.chunks(merged).collect();
     let us = |bars: usize| (bars * merged) as u64 * timeline.bucket_us;
     let at = |bars: usize| duration(Duration::from_micros(us(bars)));
@@ -640,19 +639,7 @@ fn snapshot_data(facts: &ReportFacts) -> Value {
 /// Returns the numbers of all cells, for the script.
 fn cells_data(facts: &ReportFacts) -> Value {
     let groups = facts.map.groups.iter().map(|group| {
-        let cells = group.cells.iter().map(|cell| {
-            let counts = &cell.counts;
-            json!([
-                counts.zero,
-                counts.fill,
-                counts.stored,
-                counts.duplicate,
-                counts.ancestor,
-                counts.unavailable,
-                counts.hot,
-                counts.stored_bytes(),
-            ])
-        });
+        let cells = group.cells.iter().map(|cell| map::figures(&cell.counts));
         let start = facts
             .single_region(group)
             .map(|region| region.start.to_string());

@@ -8,7 +8,7 @@ use snaprestore_engine::Recording;
 
 use crate::output::Output;
 use crate::signals::Cancel;
-use crate::trace_file::{TraceFile, TraceReport};
+use crate::trace_file::{RecordingReport, TraceFile};
 
 /// Interval at which the thread that writes checks whether the command was asked to stop.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
@@ -17,7 +17,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(50);
 pub(super) struct TraceWriter {
     recording: Recording,
     output: Output,
-    thread: Option<JoinHandle<Result<TraceReport>>>,
+    thread: Option<JoinHandle<Result<RecordingReport>>>,
 }
 
 impl TraceWriter {
@@ -56,11 +56,11 @@ impl TraceWriter {
     }
 
     /// Ends the recording, and returns when the trace is written.
-    pub(super) fn finish(mut self) -> Result<TraceReport> {
+    pub(super) fn finish(mut self) -> Result<RecordingReport> {
         self.end().unwrap_or_else(|| unreachable!("it ends once"))
     }
 
-    fn end(&mut self) -> Option<Result<TraceReport>> {
+    fn end(&mut self) -> Option<Result<RecordingReport>> {
         let thread = self.thread.take()?;
         self.recording.stop();
         match thread.join() {

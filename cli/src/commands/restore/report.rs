@@ -6,14 +6,14 @@ use std::time::Duration;
 
 use indicatif::{BinaryBytes, HumanCount};
 use serde::Serialize;
-use snaprestore_engine::stats::{Durations, Stats};
+use snaprestore_engine::stats::{Durations, Stats, whole_micros, whole_millis};
 use snaprestore_engine::{Failure, FailureKind};
 use snapshot_format::{Page, ReadError, Reason, Snapshot};
 
 use super::touch::Touched;
 use crate::exit::Exit;
 use crate::output::{count, micros};
-use crate::trace_file::TraceReport;
+use crate::trace_file::RecordingReport;
 
 /// Maximum number of bad places listed for people.
 const MAX_LISTED: usize = 20;
@@ -50,7 +50,7 @@ pub(crate) struct RestoreReport {
     failures: Vec<Bad>,
     /// The trace that was recorded.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) trace: Option<TraceReport>,
+    pub(super) trace: Option<RecordingReport>,
 }
 
 /// A place in the file that could not be used, and the pages affected by it.
@@ -237,14 +237,6 @@ fn runs(mut numbers: Vec<u64>) -> Vec<(u64, u64)> {
         }
     }
     runs
-}
-
-fn whole_micros(time: Duration) -> u64 {
-    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
-}
-
-fn whole_millis(time: Duration) -> u64 {
-    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 impl fmt::Display for RestoreReport {

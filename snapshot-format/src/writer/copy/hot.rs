@@ -44,15 +44,15 @@ use crate::layout::{PAGE_SIZE, PAGES_PER_BLOCK, PAGES_PER_BLOCK_U64};
 use crate::sections;
 use crate::snapshot::Snapshot;
 use crate::types::{Region, WorkingSetRun};
-use crate::writer::WriteError;
 use crate::writer::base::{Base, BasePage};
 use crate::writer::block::{Examined, Seen};
 use crate::writer::frame::Sealed;
+use crate::writer::{WorkingSetStats, WriteError};
 
 /// Maximum number of hot pages. Further ones stay where they are.
 const MAX_HOT_PAGES: usize = 1 << 26;
-/// Number of hot pages that are gathered together: 64 MiB.
-const GATHERED_PAGES: usize = 1 << 14;
+/// Maximum number of hot pages that are gathered together: 64 MiB.
+const MAX_GATHERED_PAGES: usize = 1 << 14;
 /// Percentage of the slots of an ancestor's frame that must be hot for them to stay there.
 const MIN_PERCENT_HOT: usize = 50;
 
@@ -66,19 +66,6 @@ pub(in crate::writer) struct Wanted {
     by_page: Vec<(u64, u32)>,
     /// Pages of a full hot frame.
     frame_pages: usize,
-}
-
-/// Counts of the pages of the first set.
-#[derive(Clone, Copy, Default)]
-pub(in crate::writer) struct HotPages {
-    /// Pages of the set.
-    pub(in crate::writer) listed: u64,
-    /// Pages that no frame stores.
-    pub(in crate::writer) not_stored: u64,
-    /// Pages that stay in frames of ancestors.
-    pub(in crate::writer) left_in_ancestors: u64,
-    /// Pages that are taken from frames of ancestors.
-    pub(in crate::writer) from_ancestors: u64,
 }
 
 /// The hot pages of a snapshot, and their new places.
@@ -113,11 +100,11 @@ impl Default for Wanted {
     }
 }
 
-/// Pages that were met, by block.
+/// A set of pages: one bitmap for each block with pages.
 #[derive(Default)]
-struct Met(HashMap<u64, [u64; PAGES_PER_BLOCK / 64]>);
+struct SparseBitmap(HashMap<u64, [u64; PAGES_PER_BLOCK / 64]>);
 
-impl Met {
+impl SparseBitmap {
     /// Returns whether the page is new.
     fn insert(&mut self, page: u64) -> bool {
         let bits = self.0.entry(page / PAGES_PER_BLOCK_U64).or_default();
@@ -129,7 +116,7 @@ impl Met {
         is_new
     }
 
-    fn has_all(&self, block: u64) -> bool {
+    fn is_full(&self, block: u64) -> bool {
         let bits = self.0.get(&block);
         bits.is_some_and(|bits| bits.iter().all(|word| *word == u64::MAX))
     }
@@ -144,12 +131,12 @@ impl Wanted {
         others: &[Vec<WorkingSetRun>],
         frame_pages: usize,
     ) -> Self {
-        let mut met = Met::default();
+        let mut listed = SparseBitmap::default();
         let has = |page| sections::region_of(snapshot.regions(), page).is_some();
         let mut order: Vec<u64> = pages
             .iter()
             .copied()
-            .filter(|page| has(*page) && met.insert(*page))
+            .filter(|page| has(*page) && listed.insert(*page))
             .take(MAX_HOT_PAGES)
             .collect();
         let of_first = order.len();
@@ -159,8 +146,8 @@ impl Wanted {
             while page < end && order.len() < MAX_HOT_PAGES {
                 let block = page / PAGES_PER_BLOCK_U64;
                 let next = end.min((block + 1) * PAGES_PER_BLOCK_U64);
-                if snapshot.top(block) == Top::Block && !met.has_all(block) {
-                    order.extend((page..next).filter(|page| has(*page) && met.insert(*page)));
+                if snapshot.top(block) == Top::Block && !listed.is_full(block) {
+                    order.extend((page..next).filter(|page| has(*page) && listed.insert(*page)));
                 }
                 page = next;
             }
@@ -353,27 +340,27 @@ impl CopySource {
     }
 
     /// Counts the pages of the first set.
-    pub(in crate::writer) fn hot_pages(&self) -> HotPages {
+    pub(in crate::writer) fn count_hot_pages(&self) -> WorkingSetStats {
         let hot = &self.hot;
-        let mut pages = HotPages {
-            listed: hot.wanted.of_first as u64,
-            ..HotPages::default()
+        let mut stats = WorkingSetStats {
+            pages: hot.wanted.of_first as u64,
+            ..WorkingSetStats::default()
         };
         for found in &hot.found[..hot.wanted.of_first] {
             let Some((at, _)) = *found else {
-                pages.not_stored += 1;
+                stats.not_stored_pages += 1;
                 continue;
             };
             let planned = &self.frames[at as usize];
             if hot.keeps_ancestors() && planned.frame.layer() > 0 {
                 if planned.hot.is_empty() {
-                    pages.left_in_ancestors += 1;
+                    stats.left_in_ancestors += 1;
                 } else {
-                    pages.from_ancestors += 1;
+                    stats.from_ancestors += 1;
                 }
             }
         }
-        pages
+        stats
     }
 
     /// Returns the number of hot frames of the first set.
@@ -398,7 +385,7 @@ impl CopySource {
         let here = self.hot.frames[from..].iter_mut().take_while(|frame| {
             let before = gathered;
             gathered += frame.sources.len();
-            before == 0 || gathered <= GATHERED_PAGES
+            before == 0 || gathered <= MAX_GATHERED_PAGES
         });
         let mut frames: Vec<_> = here
             .map(|frame| {
