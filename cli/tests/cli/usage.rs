@@ -64,6 +64,12 @@ fn wrong_usage_exits_2_with_a_hint() {
         ),
         (&["demo", "--force"], "--keep"),
         (&["man", "--force"], "--output"),
+        (&["man", "--output", "-"], "names a folder"),
+        (&["demo", "--keep", "-"], "name a file"),
+        (
+            &["serve", "--config", "c", "--prefetch", "all"],
+            "--prefetch has no effect",
+        ),
         (&["restore", "s", "--prefetch", "some"], "some"),
         (&["completions", "cobol"], "cobol"),
         (&["man", "fetch"], "fetch"),

@@ -378,17 +378,22 @@ impl Trace {
         bytes
     }
 
+    /// Returns an error if a reader would refuse the trace, which is called `name` in the error.
+    pub fn check(&self, name: &str) -> Result<(), TraceError> {
+        let (len, limit) = (self.touches.len() as u64, MAX_TRACE_TOUCHES);
+        let checked = check_limit("count", 72, len, limit).and_then(|()| self.check_pages());
+        checked.map_err(|flaw| TraceError::Damaged {
+            file: name.to_owned(),
+            offset: flaw.at,
+            defect: flaw.defect,
+        })
+    }
+
     /// Writes the trace to a file, which gets its name when all of it is on disk. With `force` it
     /// replaces a file that exists. A trace that a reader would refuse is an error.
     pub fn write_path(&self, path: impl AsRef<Path>, force: bool) -> Result<(), TraceError> {
         let path = path.as_ref();
-        let (len, limit) = (self.touches.len() as u64, MAX_TRACE_TOUCHES);
-        let checked = check_limit("count", 72, len, limit).and_then(|()| self.check_pages());
-        checked.map_err(|flaw| TraceError::Damaged {
-            file: escape_path(path),
-            offset: flaw.at,
-            defect: flaw.defect,
-        })?;
+        self.check(&escape_path(path))?;
         let mut file = SnapshotFile::create(path, force)?;
         file.write_all(&self.to_bytes())
             .map_err(|source| TraceError::Write {
