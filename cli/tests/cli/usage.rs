@@ -64,12 +64,6 @@ fn wrong_usage_exits_2_with_a_hint() {
         ),
         (&["demo", "--force"], "--keep"),
         (&["man", "--force"], "--output"),
-        (&["man", "--output", "-"], "names a folder"),
-        (&["demo", "--keep", "-"], "name a file"),
-        (
-            &["serve", "--config", "c", "--prefetch", "all"],
-            "--prefetch has no effect",
-        ),
         (&["restore", "s", "--prefetch", "some"], "some"),
         (&["completions", "cobol"], "cobol"),
         (&["man", "fetch"], "fetch"),
@@ -115,6 +109,22 @@ fn wrong_usage_exits_2_with_a_hint() {
         }
     }
     assert_eq!(folder.names(), ["note", "raw"]);
+}
+
+#[test]
+fn options_that_have_no_effect_are_refused() {
+    let folder = Folder::new();
+    for (args, says) in [
+        (&["man", "--output", "-"][..], "names a folder"),
+        (&["demo", "--keep", "-"], "name a file"),
+        (
+            &["serve", "--config", "c", "--prefetch", "all"],
+            "--prefetch has no effect",
+        ),
+    ] {
+        run(&folder, args).exits(2).says(&[says]);
+    }
+    assert_eq!(folder.names(), [""; 0]);
 }
 
 #[test]
