@@ -16,7 +16,10 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::builder::{OsStringValueParser, TypedValueParser};
-use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum, ValueHint};
+use clap::{
+    Args as ClapArgs, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueEnum,
+    ValueHint,
+};
 use clap_complete::Shell;
 use snaprestore_compare::contender::Contender;
 use snaprestore_daemon::api::config::RETRY_TIMEOUT;
@@ -53,6 +56,16 @@ pub(crate) struct Common {
     /// Print errors only
     #[arg(long, short, global = true)]
     pub(crate) quiet: bool,
+}
+
+/// Parses a command line.
+pub(crate) fn parse(line: impl IntoIterator<Item = OsString>) -> Result<Args, clap::Error> {
+    let mut command = Args::command();
+    let matches = command.try_get_matches_from_mut(line)?;
+    if let Some(("serve", serve)) = matches.subcommand() {
+        serve::refuse_ignored(serve, &mut command)?;
+    }
+    Args::from_arg_matches(&matches).map_err(|error| error.format(&mut command))
 }
 
 /// The commands.
@@ -96,6 +109,7 @@ impl Command {
             | Self::Report(_)
             | Self::Bench(_)
             | Self::Demo(_) => true,
+            Self::Trace(trace) => matches!(trace.op, TraceOp::Merge(_)),
             Self::Man(man) => man.output.is_some(),
             _ => false,
         }
@@ -674,8 +688,45 @@ mod tests {
 
     #[test]
     fn clap_finds_no_contradiction() {
-        use clap::CommandFactory as _;
         Args::command().debug_assert();
+    }
+
+    #[test]
+    fn options_of_a_service_need_its_snapshot() {
+        let error = |line: &str| {
+            let line = line.split(' ').map(OsString::from);
+            parse(line).err().map(|error| error.to_string())
+        };
+        let values = [
+            ("prefetch", "all"),
+            ("working-set", "boot"),
+            ("on-error", "kill"),
+            ("allow-uid", "7"),
+            ("threads", "2"),
+            ("handshake-timeout", "10"),
+            ("retry-timeout", "5"),
+            ("socket-mode", "0660"),
+            ("socket-group", "kvm"),
+            ("record", "traces"),
+        ];
+        let all = ServiceOptions::augment_args(clap::Command::new("x"));
+        let all: Vec<_> = all
+            .get_arguments()
+            .filter_map(clap::Arg::get_long)
+            .collect();
+        assert_eq!(all, values.map(|(option, _)| option));
+        for (option, value) in values {
+            let option = format!("--{option}");
+            let with = |what: &str| error(&format!("snaprestore serve {what} {option} {value}"));
+            assert_eq!(with("--snapshot s --socket t"), None, "{option}");
+            let named = |text: Option<String>, remedy: &str| {
+                let text = text.unwrap_or_default();
+                assert!(text.contains(&option) && text.contains(remedy), "{text}");
+            };
+            named(with("--config f"), "in the configuration file");
+            named(with("--control c"), "ctl add");
+        }
+        assert_eq!(error("snaprestore serve --config f --control c"), None);
     }
 
     #[test]

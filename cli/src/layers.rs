@@ -14,7 +14,9 @@ use snapshot_format::{
 use crate::args;
 use crate::exit::Refusal;
 use crate::names;
-use crate::target;
+use crate::output::count;
+use crate::source::Remark;
+use crate::target::{self, Target};
 
 /// The environment variable with folders of ancestors, separated by colons.
 const FOLDERS_VARIABLE: &str = "SNAPRESTORE_LAYERS";
@@ -159,13 +161,32 @@ pub(crate) fn check_unchanged(path: &Path, snapshot: &Snapshot) -> Result<()> {
 
 /// Returns the ancestors listed in a snapshot, to be named `target`, that commands would not find
 /// without `--layers`. The snapshot's file has no name yet.
-pub(crate) fn not_beside(file: File, target: &Path) -> Result<Vec<Ancestor>> {
+fn not_beside(file: File, target: &Path) -> Result<Vec<Ancestor>> {
     let resolver = resolver(&args::Layers::default(), None)?;
     let layer = Layer::open(Arc::new(FileStore::from_file(file, target)))?;
     let beside = folder_of(target);
     let mut ancestors = layer.named_ancestors();
     ancestors.retain(|wanted| !matches!(resolver.find(wanted, Some(&beside)), Ok(Some(_))));
     Ok(ancestors)
+}
+
+/// Returns a remark about ancestors that are not found from the folder of a new snapshot.
+pub(crate) fn remark_away(target: &mut Target, output: &Path) -> Result<Option<Remark>> {
+    let Some(file) = target.open_again()? else {
+        return Ok(None);
+    };
+    let away = not_beside(file, output)?;
+    Ok(away.first().map(|first| Remark {
+        key: "base.elsewhere",
+        value: away.len().to_string(),
+        text: format!(
+            "{} of the new snapshot not in its folder (the first was {}): pass --layers DIR to the \
+             commands that read it, or move the files into one folder",
+            count(away.len() as u64, "ancestor"),
+            names::shown(&first.name)
+        ),
+        warning: false,
+    }))
 }
 
 /// Returns the folder that a file of this name is in.

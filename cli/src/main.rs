@@ -57,7 +57,6 @@ mod trace_file;
 
 use std::process::ExitCode;
 
-use clap::Parser;
 use snaprestore_daemon::{Role, log};
 
 fn main() -> ExitCode {
@@ -67,7 +66,7 @@ fn main() -> ExitCode {
             .run()
             .unwrap_or_else(|error| output::failed(&error.into()).into());
     }
-    let args = match args::Args::try_parse() {
+    let args = match args::parse(std::env::args_os()) {
         Ok(args) => args,
         Err(error) => return not_understood(&error),
     };

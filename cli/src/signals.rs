@@ -9,7 +9,6 @@
 //! The signals for a background job that uses its terminal are handled likewise. Because they are
 //! blocked, the kernel sends none of them when the command writes a message: a command is not
 //! stopped by its own messages (`stty tostop`), perhaps while it holds a process.
-//! stopped by its own messages (`stty tostop`), perhaps while it holds a process.
 
 use std::io::{self, PipeReader};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -158,6 +157,26 @@ impl Cancel {
             .unwrap_or_else(PoisonError::into_inner);
         *place = Some(Hook(Arc::new(hook)));
         BeforeStop(Arc::clone(&self.before_stop))
+    }
+
+    /// Runs work that does not check for signals, in a thread of its own. Fails as soon as the
+    /// command is asked to stop; the thread then ends with the process.
+    pub(crate) fn unless_stopped<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> anyhow::Result<T> {
+        let (ended, end) = io::pipe().context("creating a pipe between threads")?;
+        let thread = std::thread::Builder::new().name("work".into());
+        let thread = thread.spawn(move || {
+            // Closed when the work is done, or has panicked.
+            let _end = end;
+            work()
+        });
+        let thread = thread.context("starting a thread to work in")?;
+        self.wait_readable(ended.as_fd())?;
+        thread
+            .join()
+            .map_err(|panic| std::panic::resume_unwind(panic))
     }
 
     /// Fails if the command was asked to stop. Called in loops.

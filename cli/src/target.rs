@@ -6,7 +6,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, anyhow};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::stat::makedev;
 use snapshot_format::{FileError, SnapshotFile, WriteError, is_unsupported};
@@ -33,7 +33,7 @@ pub(crate) enum Target {
 /// pipe or socket.
 pub(crate) struct Stream {
     file: File,
-    /// Handle that interrupts a blocked write; `None` for targets without a reader.
+    /// Handle that interrupts a blocked write; `None` if no write blocks, or none is interrupted.
     cancel: Option<Cancel>,
     /// Maximum number of bytes per write.
     piece: usize,
@@ -111,6 +111,24 @@ impl Target {
     /// Opens `path` for writing. An existing file is unchanged until [`Target::complete`], and an
     /// error without `force`.
     pub(crate) fn create(path: &Path, force: bool, cancel: &Cancel) -> Result<Self> {
+        Self::open(path, force, Some(cancel)).map_err(|error| {
+            match error.downcast_ref::<FileError>() {
+                Some(FileError::Exists { .. }) => anyhow!("{error}; --force replaces it"),
+                _ => error,
+            }
+        })
+    }
+
+    /// Opens `path` for writing, for a command that replaces no file. No signal interrupts a write
+    /// that waits for a reader.
+    pub(crate) fn create_new(path: &Path) -> Result<Self> {
+        Self::open(path, false, None).map_err(|error| match error.downcast_ref::<FileError>() {
+            Some(FileError::Exists { .. }) => anyhow!("{error}; name another file to write"),
+            _ => error,
+        })
+    }
+
+    fn open(path: &Path, force: bool, cancel: Option<&Cancel>) -> Result<Self> {
         if is_stdout(path) {
             let stdout = io::stdout();
             if stdout.is_terminal() {
@@ -130,10 +148,7 @@ impl Target {
                 let file = copy.with_context(|| name(path))?;
                 Ok(Self::Stream(Stream::new(file, cancel)?))
             }
-            Err(error @ FileError::Exists { .. }) => {
-                Err(anyhow::anyhow!("{error}; --force replaces it"))
-            }
-            Err(error @ FileError::NoReader { .. }) => Err(anyhow::anyhow!(
+            Err(error @ FileError::NoReader { .. }) => Err(anyhow!(
                 "{error}; start its reader first, or pipe standard output into it (-o -)"
             )),
             Err(error) => Err(error.into()),
@@ -180,7 +195,9 @@ impl Target {
 }
 
 impl Stream {
-    pub(crate) fn new(file: File, cancel: &Cancel) -> Result<Self> {
+    /// Returns a target that is written in place. With `cancel`, a signal interrupts a write that
+    /// waits for a reader.
+    pub(crate) fn new(file: File, cancel: Option<&Cancel>) -> Result<Self> {
         let metadata = file.metadata().context("finding the kind of the output")?;
         let kind = metadata.file_type();
         if kind.is_char_device() && metadata.rdev() == NULL_DEVICE {
@@ -196,13 +213,14 @@ impl Stream {
                 .into());
             }
         }
-        if !kind.is_fifo() && !kind.is_socket() {
+        let cancel = cancel.filter(|_| kind.is_fifo() || kind.is_socket());
+        let Some(cancel) = cancel else {
             return Ok(Self {
                 file,
                 cancel: None,
                 piece: usize::MAX,
             });
-        }
+        };
         // Reopening a pipe sets the flag for this command alone: others may write to it too. A
         // socket can't be reopened, so it is written in pieces that it has room for.
         let path = format!("/proc/self/fd/{}", file.as_fd().as_raw_fd());

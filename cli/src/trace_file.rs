@@ -9,16 +9,16 @@ use anyhow::{Context as _, Result};
 use indicatif::HumanCount;
 use serde::Serialize;
 use snaprestore_engine::stats::whole_millis;
-use snapshot_format::SnapshotFile;
 use snapshot_format::trace::Trace;
 
 use crate::names;
 use crate::output::count;
+use crate::target::{self, Target};
 
 /// A trace file that has no name yet, so that a bad path is found before anything is recorded.
 pub(crate) struct TraceFile {
     path: PathBuf,
-    file: SnapshotFile,
+    target: Target,
 }
 
 /// Report of a recording. The field names are part of the command's interface.
@@ -37,23 +37,27 @@ pub(crate) struct RecordingReport {
 }
 
 impl TraceFile {
-    /// Creates the file. No file may have its name.
+    /// Creates the file. No file may have its name. A signal does not keep it from being written.
     pub(crate) fn create(path: &Path) -> Result<Self> {
         Ok(Self {
             path: path.to_owned(),
-            file: SnapshotFile::create(path, false)?,
+            target: Target::create_new(path)?,
         })
     }
 
     /// Writes the trace, and gives the file its name.
     pub(crate) fn write(mut self, trace: &Trace) -> Result<RecordingReport> {
-        let named = || names::path(&self.path);
+        let named = || target::name(&self.path);
         let bytes = trace.to_bytes().with_context(named)?;
-        self.file.write_all(&bytes).with_context(named)?;
-        self.file.commit()?;
+        self.target.write_all(&bytes).with_context(named)?;
+        self.target.complete()?;
         let last = trace.touches.last().map_or(Duration::ZERO, |last| last.at);
         Ok(RecordingReport {
-            file: names::exact(&self.path),
+            file: if target::is_stdout(&self.path) {
+                target::name(&self.path)
+            } else {
+                names::exact(&self.path)
+            },
             touches: trace.touches.len() as u64,
             present_at_start: trace.present_at_start,
             end: trace.end.name(),

@@ -42,8 +42,11 @@ pub(crate) enum ToWorker {
     Service {
         /// The number by which VMs refer to it.
         key: u64,
-        /// Settings for serving its VMs.
+        /// Settings for serving its VMs, without the newer ones.
         service: Service,
+        /// The newer settings.
+        #[serde(default)]
+        newer: NewerSettings,
     },
     /// Passes on a VM to serve. Comes with its userfaultfd, its pidfd, its page map if it has huge
     /// pages, and its tables if there are any.
@@ -97,6 +100,47 @@ pub(crate) enum ToWorker {
     Shutdown,
 }
 
+/// Settings of a service that programs before working sets do not know. A worker of such a program
+/// ignores them here. Among the others, they would end it, and every worker after it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct NewerSettings {
+    /// The setting of this name of the service.
+    working_set: Option<String>,
+    /// The setting of this name of the service.
+    record: Option<PathBuf>,
+    /// Whether the record of each session is wanted.
+    pub(crate) run_records: bool,
+}
+
+impl NewerSettings {
+    /// Takes the newer settings out of a service.
+    pub(crate) fn take_from(service: &mut Service, run_records: bool) -> Self {
+        Self {
+            working_set: service.working_set.take(),
+            record: service.record.take(),
+            run_records,
+        }
+    }
+
+    /// Puts the settings back into the service that they were taken from.
+    pub(crate) fn put_back(self, service: &mut Service) {
+        service.working_set = self.working_set;
+        service.record = self.record;
+    }
+
+    /// Returns the names of the settings in use, as in a configuration.
+    pub(crate) fn names(&self) -> Vec<&'static str> {
+        let all = [
+            (self.working_set.is_some(), "working_set"),
+            (self.record.is_some(), "record"),
+            (self.run_records, "run_json"),
+        ];
+        let used = all.into_iter().filter(|(is_used, _)| *is_used);
+        used.map(|(_, name)| name).collect()
+    }
+}
+
 /// A socket for clients that are not VMs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Endpoint {
@@ -114,6 +158,9 @@ pub(crate) struct Facts {
     /// Number of workers that replaced a dead one.
     pub(crate) worker_restarts: u64,
     pub(crate) draining: bool,
+    /// Whether it knows messages about recordings. An older supervisor would exit.
+    #[serde(default)]
+    pub(crate) knows_recordings: bool,
     /// Counts of VMs that have ended, by service.
     pub(crate) ended: BTreeMap<u64, EndCounts>,
 }
@@ -137,6 +184,9 @@ pub(crate) enum FromWorker {
     Ready {
         /// The version of its program.
         version: String,
+        /// Whether its program knows the newer settings of services.
+        #[serde(default)]
+        knows_newer: bool,
     },
     /// The worker can't confine itself, and exits.
     ConfineFailed {
@@ -284,6 +334,7 @@ impl AsFd for Channel {
 mod tests {
     use std::time::Duration;
 
+    use serde_json::{Value, json};
     use snaprestore_engine::pager::SessionEnd;
     use snaprestore_engine::stats::{
         Durations, FaultSources, MAX_TIMELINE_BUCKETS, RUN_VERSION, Stats, Timeline, TimelineBucket,
@@ -291,6 +342,66 @@ mod tests {
 
     use super::*;
     use crate::api::summary::VmLabel;
+
+    /// A program that knows fewer settings refuses others in a service, and ignores them beside it.
+    #[test]
+    fn newer_settings_are_passed_beside_the_service() {
+        let whole: Service = serde_json::from_value(json!({
+            "name": "web", "snapshot": "/web.snap", "socket": "/web.socket",
+            "working_set": "boot", "record": "/traces",
+        }))
+        .unwrap();
+        let mut service = whole.clone();
+        let newer = NewerSettings::take_from(&mut service, true);
+        assert_eq!(newer.names(), ["working_set", "record", "run_json"]);
+        let message = ToWorker::Service {
+            key: 1,
+            service,
+            newer,
+        };
+        let mut message = serde_json::to_value(message).unwrap();
+        let settings = message["Service"]["service"].as_object().unwrap();
+        let known = [
+            "name",
+            "snapshot",
+            "socket",
+            "prefetch",
+            "on_error",
+            "allow_uid",
+            "threads",
+            "patience",
+            "retry_timeout",
+        ];
+        let unknown = settings.keys().find(|key| !known.contains(&key.as_str()));
+        assert_eq!(unknown, None);
+        let received = |message: &Value| {
+            let message = serde_json::from_value(message.clone()).unwrap();
+            let ToWorker::Service {
+                mut service, newer, ..
+            } = message
+            else {
+                panic!("{message:?}");
+            };
+            newer.put_back(&mut service);
+            service
+        };
+        assert_eq!(received(&message), whole);
+        // An older supervisor, and an older worker.
+        message["Service"].as_object_mut().unwrap().remove("newer");
+        assert_eq!(received(&message).record, None);
+        let ready = json!({"Ready": {"version": "0.0.1"}});
+        let ready = serde_json::from_value(ready).unwrap();
+        assert!(matches!(
+            ready,
+            FromWorker::Ready {
+                knows_newer: false,
+                ..
+            }
+        ));
+        let facts = json!({"supervisor": 1, "worker_restarts": 0, "draining": false, "ended": {}});
+        let facts: Facts = serde_json::from_value(facts).unwrap();
+        assert!(!facts.knows_recordings);
+    }
 
     /// A histogram has 640 buckets, and a record has one for each source and their sum.
     #[test]

@@ -94,7 +94,8 @@ pub(crate) struct CtlComplete {
 ///
 /// Touches of pages that are present when the recording starts are not seen; the trace has their
 /// number. The recording ends by itself like those of `serve --record`, and waits for `stop` then.
-/// If the VM ends before `stop`, its recording is lost.
+/// `stop` may be repeated, if the trace could not be written: it is kept until the VM is recorded
+/// again. If the VM ends before `stop`, its recording is lost.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct CtlRecord {
     /// Number of the VM
@@ -102,7 +103,7 @@ pub(crate) struct CtlRecord {
     /// Start or stop
     #[arg(value_enum)]
     pub(crate) action: RecordAction,
-    /// Trace file to create, required by stop
+    /// Trace file to create, required by stop; `-` is standard output
     #[arg(short, long, value_name = "TRACE", value_hint = ValueHint::FilePath,
         required_if_eq("action", "stop"))]
     pub(crate) output: Option<PathBuf>,

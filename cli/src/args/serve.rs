@@ -2,7 +2,9 @@
 
 use std::path::PathBuf;
 
-use clap::{Args as ClapArgs, ValueHint};
+use clap::error::ErrorKind;
+use clap::parser::ValueSource;
+use clap::{Arg, ArgMatches, Args as ClapArgs, Command, ValueHint};
 use snaprestore_daemon::api::config::{
     FailurePolicy, MetricsAddress, Prefetch, RETRY_TIMEOUT, Service, SocketMode,
 };
@@ -67,7 +69,7 @@ pub(crate) struct Serve {
         required_unless_present_any = ["config", "control"], requires = "snapshot")]
     pub(crate) socket: Option<PathBuf>,
     /// Configuration file with the services, instead of --snapshot, --socket and the options of a
-    /// service (--prefetch, --record and so on)
+    /// service, which are refused (--prefetch, --record and so on)
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath,
         conflicts_with_all = ["snapshot", "socket"])]
     pub(crate) config: Option<PathBuf>,
@@ -93,8 +95,8 @@ pub(crate) struct Serve {
     pub(crate) frame_cache: u64,
     /// Folder in which to write the statistics of each VM that has ended, for `snaprestore report`
     ///
-    /// The files are named SERVICE-VM-SECONDS.run.json; nothing deletes them. Their numbers begin
-    /// with the worker that served the VM last.
+    /// The files are named SERVICE-VM-SECONDS.run.json; nothing replaces or deletes them. Their
+    /// numbers begin with the worker that served the VM last.
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(crate) run_json: Option<PathBuf>,
     /// Run the worker without its sandbox, which forbids opening files, running programs and most
@@ -150,6 +152,43 @@ pub(crate) struct ServiceOptions {
     /// waits.
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(crate) record: Option<PathBuf>,
+}
+
+/// Refuses options of a service on a command line that names no snapshot to serve: they would have
+/// no effect.
+pub(super) fn refuse_ignored(
+    matches: &ArgMatches,
+    command: &mut Command,
+) -> Result<(), clap::Error> {
+    if matches.contains_id("snapshot") {
+        return Ok(());
+    }
+    let options = ServiceOptions::augment_args(Command::new("service"));
+    let is_given = |option: &&Arg| {
+        let source = matches.value_source(option.get_id().as_str());
+        source == Some(ValueSource::CommandLine)
+    };
+    let given = options.get_arguments().filter(is_given);
+    let given: Vec<_> = given
+        .filter_map(|option| Some(format!("--{}", option.get_long()?)))
+        .collect();
+    if given.is_empty() {
+        return Ok(());
+    }
+    let remedy = if matches.contains_id("config") {
+        "set it for each service in the configuration file"
+    } else {
+        "name one to serve, or pass it to `snaprestore ctl add`"
+    };
+    let text = format!(
+        "{} has no effect without --snapshot: {remedy}",
+        given.join(", ")
+    );
+    let serve = command.find_subcommand_mut("serve");
+    let mut none = Command::new("serve");
+    Err(serve
+        .unwrap_or(&mut none)
+        .error(ErrorKind::ArgumentConflict, text))
 }
 
 impl ServiceOptions {

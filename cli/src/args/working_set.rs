@@ -21,7 +21,9 @@ use super::{Layers, Packing};
 /// A layered snapshot stays a child of its ancestors, which are not changed. Pages of the working
 /// set that lie among others in an ancestor are stored in the new file, too; those in frames of
 /// which at least half belongs to the working set stay there. So optimize a base first, `rebase`
-/// its children onto it, and then optimize the children.
+/// its children onto it, and then optimize the children. The replacement of a snapshot that is
+/// itself an ancestor of another one in its folder or in those of --layers is refused. Children in
+/// other folders are not known: they would lose their base.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Optimize {
     /// Snapshot to optimize
@@ -148,7 +150,7 @@ pub(crate) struct TraceMerge {
     /// Traces to merge
     #[arg(required = true, value_name = "TRACE", value_hint = ValueHint::FilePath)]
     pub(crate) traces: Vec<PathBuf>,
-    /// Trace to write
+    /// Trace to write; `-` is standard output, and a named pipe must have a reader
     #[arg(long, short, value_hint = ValueHint::FilePath)]
     pub(crate) output: PathBuf,
     /// Replace an existing file

@@ -85,8 +85,9 @@ pub(crate) struct Flattened {
     ancestors: usize,
     /// The number that it may need.
     limit: u16,
+    /// The frames of the file, unless it was written again in the order of traces.
     #[serde(flatten)]
-    rewrite: RewriteFacts,
+    rewrite: Option<RewriteFacts>,
 }
 
 impl fmt::Display for CreateReport {
@@ -95,9 +96,13 @@ impl fmt::Display for CreateReport {
         if let Some(base) = &self.base {
             let (file, pages) = (names::shown(&base.file), count(base.pages, "page"));
             let id = &base.snapshot_id;
+            let what = match &self.flattened {
+                Some(_) => "copied",
+                None => "taken",
+            };
             writeln!(
                 f,
-                "base        {file} ({id}): {pages} taken from it and its ancestors"
+                "base        {file} ({id}): {pages} {what} from it and its ancestors"
             )?;
         }
         if let Some(flattened) = &self.flattened {
@@ -106,14 +111,15 @@ impl fmt::Display for CreateReport {
                 f,
                 "flattened   needs no other file; would have needed {ancestors}, more than {limit}"
             )?;
-            write!(f, "{}", flattened.rewrite)?;
+            if let Some(rewrite) = &flattened.rewrite {
+                write!(f, "{rewrite}")?;
+            }
         }
         if let Some(set) = &self.working_set {
             write!(f, "{set}")?;
         }
         for remark in &self.remarks {
-            let what = if remark.warning { "WARNING" } else { "note" };
-            writeln!(f, "{what:<11} {}", remark.text)?;
+            write!(f, "{remark}")?;
         }
         write!(f, "time        {} ms", self.elapsed_ms)?;
         match self.held_ms {
@@ -177,7 +183,7 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
     for source in read.chain(&args.base).chain(&args.traces) {
         target::refuse_source(&args.output, source)?;
     }
-    let traces = trace::read_all(&args.traces)?;
+    let traces = trace::read_all(&args.traces, cancel)?;
     // Reports all errors in options and target before a process is stopped.
     let settings = WriteSettings::new(args)?;
     if let Some(base) = &settings.base {
@@ -195,6 +201,9 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
     check_memory()?;
     let target = create_target(args, cancel)?;
     let mut source = source::open(args, output, cancel)?;
+    if let Some(page_slots) = source.page_slots() {
+        rewrite::check_size(args, &traces, page_slots)?;
+    }
     if args.holes.is_none() && args.base.is_none() && source.is_mostly_holes() {
         settings.refuse_diff(args.source.as_deref())?;
     }
@@ -239,7 +248,7 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
     } else {
         let base = settings.base.as_deref();
         let (target, written, set, remark) =
-            rewrite::optimize_written(args, &traces, base, target, (output, cancel))
+            rewrite::optimize_written(args, traces, base, target, (output, cancel))
                 .map_err(|error| target::named(error, &args.output))?;
         remarks.extend(remark);
         (target, written, Some(set))
@@ -251,7 +260,7 @@ pub(crate) fn run(args: &args::Create, output: Output, cancel: &Cancel) -> Resul
         layers::check_unchanged(path, base)?;
     }
     // Not a property: the files may be moved.
-    remarks.extend(away_from_ancestors(&mut target, &args.output)?);
+    remarks.extend(layers::remark_away(&mut target, &args.output)?);
     target.complete()?;
     let facts = Facts::of_written(&written);
     let base = args.base.as_deref().zip(settings.base);
@@ -284,25 +293,6 @@ fn create_target(args: &args::Create, cancel: &Cancel) -> Result<Target> {
         return Err(Refusal::Usage(text.into()).into());
     }
     Ok(target)
-}
-
-/// Returns a remark about ancestors that are not found from the folder of the new snapshot.
-fn away_from_ancestors(target: &mut Target, output: &Path) -> Result<Option<Remark>> {
-    let Some(file) = target.open_again()? else {
-        return Ok(None);
-    };
-    let away = layers::not_beside(file, output)?;
-    Ok(away.first().map(|first| Remark {
-        key: "base.elsewhere",
-        value: away.len().to_string(),
-        text: format!(
-            "{} of the new snapshot not in its folder (the first was {}): pass --layers DIR to the \
-             commands that read it, or move the files into one folder",
-            count(away.len() as u64, "ancestor"),
-            names::shown(&first.name)
-        ),
-        warning: false,
-    }))
 }
 
 impl WriteSettings {

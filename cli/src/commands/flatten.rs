@@ -70,7 +70,7 @@ impl fmt::Display for RewriteFacts {
         );
         write!(
             f,
-            "frames      {copied} copied as stored, {packed} packed again"
+            "rewritten   {copied} frames copied as stored, {packed} packed again"
         )?;
         match self.dead_pages {
             0 => writeln!(f),

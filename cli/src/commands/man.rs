@@ -12,6 +12,7 @@ use crate::args::{self, Args};
 use crate::exit::{Exit, Refusal};
 use crate::names;
 use crate::output::Output;
+use crate::target;
 
 /// Manual pages that were printed or written.
 #[derive(Serialize)]
@@ -45,6 +46,11 @@ pub(crate) fn run(args: &args::Man, output: Output) -> Result<Exit> {
     let mut root = Args::command();
     // Sets the full names of the commands, such as snaprestore-create.
     root.build();
+    if args.output.as_deref().is_some_and(target::is_stdout) {
+        let text = "--output names a folder for all pages; without it, one page goes to standard \
+                    output";
+        return Err(Refusal::Usage(text.into()).into());
+    }
     let pages = if let Some(folder) = &args.output {
         std::fs::create_dir_all(folder)
             .with_context(|| format!("{}: creating the folder", names::path(folder)))?;

@@ -38,7 +38,7 @@ pub(crate) fn run(command: Command, output: Output, cancel: &Cancel) -> Result<E
         Command::Flatten(args) => flatten::run(&args, output, cancel),
         Command::Rebase(args) => rebase::run(&args, output, cancel),
         Command::Optimize(args) => optimize::run(&args, output, cancel),
-        Command::Trace(args) => trace::run(&args, output),
+        Command::Trace(args) => trace::run(&args, output, cancel),
         Command::Tree(args) => tree::run(&args, output),
         Command::Restore(args) => restore::run(&args, output, cancel),
         Command::Serve(args) => serve::run(&args, output, cancel),

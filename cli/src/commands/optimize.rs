@@ -20,6 +20,7 @@ use crate::layers::{self, KnownLayers};
 use crate::names;
 use crate::output::{Output, count};
 use crate::signals::Cancel;
+use crate::source::Remark;
 use crate::target::{self, Target};
 
 /// Report about the optimized snapshot.
@@ -38,6 +39,7 @@ struct OptimizeReport {
     /// Replacement of the file that was read.
     #[serde(skip)]
     in_place: bool,
+    remarks: Vec<Remark>,
     elapsed_ms: u64,
 }
 
@@ -124,6 +126,9 @@ impl fmt::Display for OptimizeReport {
             f,
             "verified    every page, after decoding it from the new file"
         )?;
+        for remark in &self.remarks {
+            write!(f, "{remark}")?;
+        }
         writeln!(f, "time        {} ms", self.elapsed_ms)
     }
 }
@@ -135,7 +140,7 @@ pub(crate) fn run(args: &args::Optimize, output: Output, cancel: &Cancel) -> Res
         target::refuse_source(to, trace)?;
     }
     let in_place = target::refuse_source(to, &args.file).is_err();
-    let traces = trace::read_all(&args.traces)?;
+    let traces = trace::read_all(&args.traces, cancel)?;
     let snapshot = Arc::new(layers::open(&args.file, &args.layers)?);
     for (path, trace) in args.traces.iter().zip(&traces) {
         trace.check_matches(&snapshot).map_err(trace::named(path))?;
@@ -143,31 +148,42 @@ pub(crate) fn run(args: &args::Optimize, output: Output, cancel: &Cancel) -> Res
     layers::refuse_ancestor(to, &snapshot)?;
     layers::refuse_needed(to, &args.layers)?;
     let target = create_target(to, args.force || in_place, cancel)?;
+    let (number, pages) = (traces.len(), merged(traces, args.merging, cancel)?);
     let plan = Plan {
         name: &args.name,
-        traces: &traces,
-        merging: args.merging,
+        pages: &pages,
         packing: &args.packing,
     };
-    let (target, optimized) = plan
+    let (mut target, optimized) = plan
         .execute(target, to, &snapshot, (output, cancel))
         .map_err(|error| target::named(error, to))?;
     layers::refuse_needed(to, &args.layers)?;
     if in_place {
         layers::check_unchanged(to, &snapshot)?;
     }
+    let remarks = layers::remark_away(&mut target, to)?;
     target.complete()?;
     output.report(&OptimizeReport {
         file: names::exact(to),
         facts: Facts::of_written(&optimized.rewritten.written),
         rewrite: RewriteFacts::of(&optimized.rewritten),
-        working_set: WorkingSetFacts::of(&optimized.working_set, &args.name, traces.len()),
+        working_set: WorkingSetFacts::of(&optimized.working_set, &args.name, number),
         old_file_bytes: snapshot.file_bytes(),
         old_snapshot_id: snapshot.id().to_string(),
         in_place,
+        remarks: remarks.into_iter().collect(),
         elapsed_ms: u64::try_from(began.elapsed().as_millis())?,
     })?;
     Ok(Exit::Done)
+}
+
+/// Merges traces. A signal stops it: millions of pages take seconds.
+pub(crate) fn merged(
+    traces: Vec<Trace>,
+    merging: args::Merging,
+    cancel: &Cancel,
+) -> Result<Vec<u64>> {
+    cancel.unless_stopped(move || merge(&traces, &merging.options()))
 }
 
 /// Opens a target that can be read again.
@@ -190,8 +206,8 @@ fn create_target(path: &Path, force: bool, cancel: &Cancel) -> Result<Target> {
 /// The settings for optimizing a snapshot.
 pub(crate) struct Plan<'a> {
     pub(crate) name: &'a str,
-    pub(crate) traces: &'a [Trace],
-    pub(crate) merging: args::Merging,
+    /// The pages of the working set, in order of need.
+    pub(crate) pages: &'a [u64],
     pub(crate) packing: &'a args::Packing,
 }
 
@@ -204,12 +220,11 @@ impl Plan<'_> {
         snapshot: &Arc<Snapshot>,
         (output, cancel): (Output, &Cancel),
     ) -> Result<(Target, Optimized)> {
-        let pages = merge(self.traces, &self.merging.options());
         let options = OptimizeOptions {
             name: self.name.to_owned(),
             rewrite: flatten::options(self.packing, snapshot, (output, "optimizing"), cancel),
         };
-        let (mut target, optimized) = optimize(target, snapshot, &pages, options)?;
+        let (mut target, optimized) = optimize(target, snapshot, self.pages, options)?;
         let ancestors = KnownLayers::new(snapshot.ancestors().to_vec(), None);
         if let Some(file) = target.open_again()? {
             let threads = self.packing.threads;

@@ -16,6 +16,7 @@ use crate::layers;
 use crate::names;
 use crate::output::{Output, count};
 use crate::signals::Cancel;
+use crate::source::Remark;
 use crate::target::{self, Target};
 
 /// Report about the rewritten child.
@@ -32,6 +33,7 @@ struct RebaseReport {
     /// Whether the file of the child was replaced.
     #[serde(skip)]
     in_place: bool,
+    remarks: Vec<Remark>,
     elapsed_ms: u64,
 }
 
@@ -55,6 +57,9 @@ impl fmt::Display for RebaseReport {
             writeln!(f, "replaced    {file} (its ID was {old})")?;
         } else {
             writeln!(f, "written     {file}")?;
+        }
+        for remark in &self.remarks {
+            write!(f, "{remark}")?;
         }
         writeln!(f, "time        {} ms", self.elapsed_ms)
     }
@@ -80,13 +85,14 @@ pub(crate) fn run(args: &args::Rebase, output: Output, cancel: &Cancel) -> Resul
         ("base.id".into(), base.id().to_string()),
         ("base.path".into(), base.name().to_owned()),
     ];
-    let (target, rewritten) =
+    let (mut target, rewritten) =
         rebase(target, &child, &base, options).map_err(|error| target::named(error.into(), to))?;
     layers::check_unchanged(&args.base, &base)?;
     if in_place {
         layers::check_unchanged(to, &child)?;
     }
     layers::refuse_needed(to, &args.layers)?;
+    let remarks = layers::remark_away(&mut target, to)?;
     target.complete()?;
     output.report(&RebaseReport {
         file: names::exact(to),
@@ -98,6 +104,7 @@ pub(crate) fn run(args: &args::Rebase, output: Output, cancel: &Cancel) -> Resul
         },
         old_snapshot_id: child.id().to_string(),
         in_place,
+        remarks: remarks.into_iter().collect(),
         elapsed_ms: u64::try_from(began.elapsed().as_millis())?,
     })?;
     Ok(Exit::Done)

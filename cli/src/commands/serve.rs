@@ -4,12 +4,12 @@ use std::path::absolute;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use snaprestore_daemon::api::config::{Config, MetricsAddress};
+use snaprestore_daemon::api::config::{Config, MetricsAddress, check_output_folder};
 use snaprestore_daemon::log::LogFormat;
 use snaprestore_daemon::{Console, Endpoint, Options, Supervisor};
 
 use crate::args;
-use crate::exit::{Exit, Refusal};
+use crate::exit::Exit;
 use crate::layers;
 use crate::names;
 use crate::output::Output;
@@ -73,10 +73,7 @@ fn config(args: &args::Serve) -> Result<Config> {
     }
     if let Some(folder) = &config.run_json {
         let named = || format!("{}: cannot write statistics to it", names::path(folder));
-        if !folder.metadata().with_context(named)?.is_dir() {
-            let folder = names::path(folder);
-            return Err(Refusal::Usage(format!("--run-json {folder}: is not a folder")).into());
-        }
+        check_output_folder(folder).with_context(named)?;
     }
     config.metrics = args.metrics.clone().or(config.metrics);
     if let Some(MetricsAddress::Socket(path)) = &mut config.metrics {

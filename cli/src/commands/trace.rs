@@ -1,32 +1,41 @@
 //! `snaprestore trace`: shows, compares and merges traces.
 
 use std::fmt;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 use indicatif::{BinaryBytes, HumanCount};
 use serde::Serialize;
 use snaprestore_compare::machine::date;
 use snaprestore_engine::stats::{whole_micros, whole_millis};
 use snapshot_format::digest;
 use snapshot_format::layout::PAGE_SIZE_U64;
-use snapshot_format::trace::{Comparison, TouchReason, Trace, TraceError, compare};
+use snapshot_format::trace::{Comparison, MergeOptions, TouchReason, Trace, TraceError, compare};
 
 use crate::args::{self, TraceOp};
 use crate::exit::{Exit, Refusal};
 use crate::layers;
 use crate::names;
-use crate::output::{Output, percent};
-use crate::target;
+use crate::output::{Output, count, percent};
+use crate::signals::Cancel;
+use crate::target::{self, Target};
 
-pub(crate) fn run(args: &args::Trace, output: Output) -> Result<Exit> {
+pub(crate) fn run(args: &args::Trace, output: Output, cancel: &Cancel) -> Result<Exit> {
     match &args.op {
-        TraceOp::Show(show) => output.report(&ShowReport {
-            trace: TraceFacts::of(&show.file, &Trace::read_path(&show.file)?),
-        })?,
-        TraceOp::Compare(compare) => output.report(&compared(compare)?)?,
-        TraceOp::Merge(merge) => output.report(&merged(merge)?)?,
+        TraceOp::Show(show) => {
+            cancel.end_at_once();
+            let trace = Trace::read_path(&show.file)?;
+            output.report(&ShowReport {
+                trace: TraceFacts::of(&show.file, &trace),
+            })?;
+        }
+        TraceOp::Compare(compare) => {
+            cancel.end_at_once();
+            output.report(&compared(compare)?)?;
+        }
+        TraceOp::Merge(merge) => write_merged(merge, output, cancel)?,
     }
     Ok(Exit::Done)
 }
@@ -36,7 +45,8 @@ pub(crate) fn run(args: &args::Trace, output: Output) -> Result<Exit> {
 /// # Errors
 ///
 /// A trace without touches is refused: with others it would only make their pages rarer.
-pub(crate) fn read_all(paths: &[PathBuf]) -> Result<Vec<Trace>> {
+pub(crate) fn read_all(paths: &[PathBuf], cancel: &Cancel) -> Result<Vec<Trace>> {
+    let paths = paths.to_owned();
     let read = |path: &PathBuf| {
         let trace = Trace::read_path(path)?;
         if trace.touches.is_empty() {
@@ -46,7 +56,8 @@ pub(crate) fn read_all(paths: &[PathBuf]) -> Result<Vec<Trace>> {
         }
         Ok(trace)
     };
-    paths.iter().map(read).collect()
+    // Traces of millions of pages take seconds.
+    cancel.unless_stopped(move || paths.iter().map(read).collect())?
 }
 
 /// Adds the name of a trace to an error about its content.
@@ -126,6 +137,13 @@ impl TraceFacts {
     }
 }
 
+impl TraceFacts {
+    fn write_recorded(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (begun, end) = (date(self.begun_unix_ms / 1000), &self.end_text);
+        writeln!(f, "recorded    {begun}; end: {end}")
+    }
+}
+
 /// Formats microseconds as milliseconds with one decimal.
 fn millis(micros: u64) -> String {
     format!("{}.{} ms", micros / 1000, micros % 1000 / 100)
@@ -135,12 +153,20 @@ impl fmt::Display for ShowReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let trace = &self.trace;
         writeln!(f, "content     {}", trace.content_digest)?;
+        if trace.touched_pages == 0 {
+            let slots = count(trace.page_slots, "page number");
+            writeln!(f, "touched     no page; the memory has {slots}")?;
+            let present = count(trace.present_at_start, "page");
+            writeln!(f, "present     {present} at the start")?;
+            return trace.write_recorded(f);
+        }
         writeln!(
             f,
-            "touched     {} pages, {}; {} of the page numbers",
-            HumanCount(trace.touched_pages),
+            "touched     {}, {}: {} of the {} page numbers of the memory",
+            count(trace.touched_pages, "page"),
             BinaryBytes(trace.touched_bytes),
-            percent(trace.touched_pages, trace.page_slots)
+            percent(trace.touched_pages, trace.page_slots),
+            HumanCount(trace.page_slots)
         )?;
         writeln!(
             f,
@@ -164,12 +190,7 @@ impl fmt::Display for ShowReport {
             HumanCount(trace.present_touches),
             HumanCount(trace.present_at_start)
         )?;
-        writeln!(
-            f,
-            "recorded    {}; end: {}",
-            date(trace.begun_unix_ms / 1000),
-            trace.end_text
-        )
+        trace.write_recorded(f)
     }
 }
 
@@ -274,37 +295,54 @@ struct SourceFacts {
     kept_pages: u64,
 }
 
-fn merged(args: &args::TraceMerge) -> Result<MergeReport> {
-    if target::is_stdout(&args.output) {
-        return Err(Refusal::Usage("a trace is a file; name one to write".into()).into());
-    }
+fn write_merged(args: &args::TraceMerge, output: Output, cancel: &Cancel) -> Result<()> {
+    let to_stdout = target::is_stdout_without_json(&args.output, output)?;
     for trace in &args.traces {
         target::refuse_source(&args.output, trace)?;
     }
     layers::refuse_needed(&args.output, &args::Layers::default())?;
-    let traces = read_all(&args.traces)?;
+    let mut target = Target::create(&args.output, args.force, cancel)?;
+    let traces = read_all(&args.traces, cancel)?;
     for (path, trace) in args.traces.iter().zip(&traces).skip(1) {
         let first = (&traces[0], &args.traces[0]);
         trace
             .check_same_memory(first.0, &names::path(first.1))
             .map_err(named(path))?;
     }
-    let merged = Trace::merged(&traces, &args.merging.options())?;
-    merged.write_path(&args.output, args.force)?;
+    let (paths, to) = (args.traces.clone(), args.output.clone());
+    let options = args.merging.options();
+    let (bytes, report) =
+        cancel.unless_stopped(move || merged(&traces, &paths, &to, &options))??;
+    let named = || target::name(&args.output);
+    target.write_all(&bytes).with_context(named)?;
+    target.complete()?;
+    output.report_beside(to_stdout, &report)
+}
+
+/// Merges traces that were read from `paths` into one that is written to `to`. Returns its bytes,
+/// and the report.
+fn merged(
+    traces: &[Trace],
+    paths: &[PathBuf],
+    to: &Path,
+    options: &MergeOptions,
+) -> Result<(Vec<u8>, MergeReport)> {
+    let merged = Trace::merged(traces, options)?;
+    let bytes = merged.to_bytes().with_context(|| target::name(to))?;
     let pages = merged.pages();
-    let sources = args
-        .traces
-        .iter()
-        .zip(&traces)
-        .map(|(path, trace)| SourceFacts {
-            file: names::exact(path),
-            touched_pages: trace.touches.len() as u64,
-            kept_pages: compare(&trace.pages(), &pages).common,
-        });
-    Ok(MergeReport {
+    let sources = paths.iter().zip(traces).map(|(path, trace)| SourceFacts {
+        file: names::exact(path),
+        touched_pages: trace.touches.len() as u64,
+        kept_pages: compare(&trace.pages(), &pages).common,
+    });
+    let mut report = MergeReport {
         sources: sources.collect(),
-        trace: TraceFacts::of(&args.output, &merged),
-    })
+        trace: TraceFacts::of(to, &merged),
+    };
+    if target::is_stdout(to) {
+        report.trace.file = target::name(to);
+    }
+    Ok((bytes, report))
 }
 
 impl fmt::Display for MergeReport {

@@ -8,6 +8,7 @@ mod process;
 mod raw;
 mod stdin;
 
+use std::fmt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -83,6 +84,13 @@ pub(crate) struct Remark {
     pub(crate) warning: bool,
 }
 
+impl fmt::Display for Remark {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let what = if self.warning { "WARNING" } else { "note" };
+        writeln!(f, "{what:<11} {}", self.text)
+    }
+}
+
 impl Remark {
     /// Returns the remark that [`VAST`] memory was left out, if any was; `what` names the memory
     /// and the reason.
@@ -146,6 +154,10 @@ pub(crate) trait Source {
     fn describe(&self) -> Vec<(String, String)>;
     /// Returns the number of pages to be delivered, if it is known beforehand.
     fn pages(&self) -> Option<u64>;
+    /// Returns the size of the page-number space of a snapshot of it, if it is known beforehand.
+    fn page_slots(&self) -> Option<u64> {
+        None
+    }
     /// Returns the maximum number of those pages whose bytes are delivered, if it is known.
     fn data_pages(&self) -> Option<u64> {
         self.pages()

@@ -3,6 +3,8 @@
 use anyhow::{Result, bail};
 use indicatif::BinaryBytes;
 
+use snapshot_format::layout::PAGES_PER_BLOCK_U64;
+
 use super::extents::Extents;
 use super::file::SourceFile;
 use super::{PAGE, Region, Remark, Samples, Sampling, Sink, Source};
@@ -141,6 +143,11 @@ impl Source for Raw {
 
     fn pages(&self) -> Option<u64> {
         Some(self.file.len() / PAGE)
+    }
+
+    fn page_slots(&self) -> Option<u64> {
+        let pages = self.file.len() / PAGE;
+        Some(pages.next_multiple_of(PAGES_PER_BLOCK_U64))
     }
 
     fn data_pages(&self) -> Option<u64> {

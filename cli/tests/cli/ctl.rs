@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use snaprestore_fixtures::host::skipped;
 
 use crate::common::{Folder, Run, as_nobody, command, run};
+use crate::working_sets::trace_of;
 
 /// A server that answers each line of successive connections, and records the requests.
 struct Daemon {
@@ -332,4 +333,27 @@ fn user_without_access_gets_an_explanation() {
     as_nobody(&folder, &["ctl", "--control", "control", "list"])
         .exits(4)
         .says(&["only root and the daemon's user may"]);
+}
+
+#[test]
+fn stopped_recording_is_written_or_kept() {
+    let folder = Folder::new();
+    folder.write("raw", &[7; 4096]);
+    run(&folder, &["create", "raw", "-o", "s"]).exits(0);
+    let bytes = trace_of(&folder, "s", &[0]).to_bytes();
+    let digits: Vec<String> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    let reply = json!({"ok": {"vm": 7, "trace": digits.concat()}});
+    let stop = |path| once(&folder, reply.clone(), &["record", "7", "stop", "-o", path]).0;
+    stop("t").exits(0);
+    assert!(folder.read("t") == bytes, "another trace was written");
+    let piped = stop("-").exits(0);
+    assert!(piped.out == bytes, "another trace was written");
+    piped.says(&["recorded    1 page to standard output"]);
+    stop("/dev/full").exits(1).says(&[
+        "`snaprestore ctl record 7 stop -o FILE` fetches it again",
+        "/dev/full",
+        "No space left",
+    ]);
+    let exists = ctl(&folder, &["record", "7", "stop", "-o", "t"]);
+    assert_eq!(exists.code, Some(1), "{}", exists.err);
 }

@@ -10,9 +10,12 @@ use std::process::{Child, Stdio};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use snapshot_format::trace::Touch;
+
 use crate::common::{
     Folder, Run, command, finish, make_fifo, noise, run, wait_until, with_default_signals,
 };
+use crate::working_sets::trace_of;
 
 /// Starts `create` from a pipe that has delivered some data and stays open.
 fn streaming(folder: &Folder, target: &str) -> Child {
@@ -202,4 +205,49 @@ fn slow_readers_get_every_byte() {
         finish(child.unwrap()).exits(0);
         assert!(read == bytes);
     }
+}
+
+/// Reading and merging the traces takes seconds at least.
+#[test]
+fn reading_and_merging_traces_can_be_interrupted() {
+    let folder = Folder::new();
+    folder.write("raw", &noise(1 << 20));
+    run(&folder, &["create", "raw", "-o", "s"]).exits(0);
+    let mut trace = trace_of(&folder, "s", &[0]);
+    trace.page_slots = 1 << 23;
+    let touch = trace.touches[0];
+    let touches = (0..1 << 20).map(|page| Touch { page, ..touch });
+    trace.touches = touches.collect();
+    trace.write_path(folder.file("t"), false).unwrap();
+    let traces = ["t"; 60];
+    let merge = [&["trace", "merge", "-o", "new"], &traces[..]].concat();
+    let traces = traces.map(|trace| ["--trace", trace]);
+    let optimize = [&["optimize", "s", "-o", "new"], traces.as_flattened()].concat();
+    let create = [&["create", "raw", "-o", "new"], traces.as_flattened()].concat();
+    for args in [merge, optimize, create] {
+        let child = with_default_signals(command(&args))
+            .current_dir(folder.path())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        wait_until("it works", || threads(&child).contains(&"work".to_owned()));
+        send(&child, Signal::SIGINT);
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(
+            output.status.signal(),
+            Some(Signal::SIGINT as i32),
+            "{output:?}"
+        );
+        assert_eq!(folder.names(), ["raw", "s", "t"], "{args:?}");
+    }
+}
+
+/// Returns the names of the threads of a child.
+fn threads(child: &Child) -> Vec<String> {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", child.id())).unwrap();
+    let names = tasks.filter_map(|task| {
+        let name = std::fs::read_to_string(task.ok()?.path().join("comm"));
+        Some(name.ok()?.trim_end().to_owned())
+    });
+    names.collect()
 }

@@ -590,3 +590,74 @@ fn statistics_replace_no_file_that_is_read_or_needed() {
     let args = [&args[..], &["--run-json", "run.json"]].concat();
     run(&folder, &args).exits(0);
 }
+
+#[test]
+fn statistics_that_cannot_be_written_are_an_error_at_the_start() {
+    let folder = Folder::new();
+    let test = "statistics_that_cannot_be_written_are_an_error_at_the_start";
+    if !possible(&folder, test) {
+        return;
+    }
+    packed(&folder, 300);
+    let args = ["restore", "s", "--record", "t", "--run-json"];
+    for (path, code, says) in [
+        ("none/run.json", 1, "cannot write the statistics of the run"),
+        (".", 1, "is a folder"),
+        ("-", 2, "--run-json -: the report goes to standard output"),
+    ] {
+        let args = [&args[..], &[path]].concat();
+        run(&folder, &args).exits(code).says(&[says]);
+        assert!(!folder.file("t").exists(), "{path}: it was restored");
+    }
+    let args = ["restore", "s", "--record", "-"];
+    let says = "--record -: the report goes to standard output";
+    run(&folder, &args).exits(2).says(&[says]);
+}
+
+/// The disk is full at the end of the restore.
+#[test]
+fn statistics_that_are_lost_do_not_hide_damage() {
+    let folder = Folder::new();
+    if !possible(&folder, "statistics_that_are_lost_do_not_hide_damage") {
+        return;
+    }
+    folder.write("raw", &crate::common::noise(300 * 4096));
+    run(&folder, &["create", "raw", "-o", "s"]).exits(0);
+    let lost = "cannot write the statistics of the run: could not write /dev/full: No space left";
+    let options = ["--record", "/dev/full", "--run-json", "/dev/full"];
+    for (damaged, code) in [(false, 1), (true, 3)] {
+        if damaged {
+            let mut bytes = folder.read("s");
+            bytes[4096 + 50_000] ^= 0x10;
+            folder.write("s", &bytes);
+        }
+        for options in [&options[2..], &options[..2]] {
+            let run = restore(&folder, options).exits(code);
+            let report = run.json();
+            assert_eq!(number(&report, "bad_pages") > 0, damaged, "{report}");
+            let unwritten = report["unwritten"][0].as_str().unwrap_or_default();
+            assert!(unwritten.contains("/dev/full"), "{report}");
+            run.says(&["/dev/full"]);
+        }
+        let text = run(&folder, &["restore", "s", "--run-json", "/dev/full"]);
+        let text = text.exits(code).says(&[lost]).text();
+        assert!(text.contains("touched "), "{text}");
+    }
+}
+
+/// Under a limit of its memory, so that a mistake does not take all of the machine's.
+#[test]
+fn endless_list_of_pages_is_refused() {
+    let folder = Folder::new();
+    if !possible(&folder, "endless_list_of_pages_is_refused") {
+        return;
+    }
+    packed(&folder, 300);
+    let limited = "ulimit -v 4000000; exec \"$0\" restore s --touch file:/dev/zero";
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", limited]).arg(crate::common::program());
+    let refused = Run::to_end(command.current_dir(folder.path()));
+    refused
+        .exits(1)
+        .says(&["/dev/zero, line 1: this is no list of pages"]);
+}

@@ -112,6 +112,22 @@ fn wrong_usage_exits_2_with_a_hint() {
 }
 
 #[test]
+fn options_that_have_no_effect_are_refused() {
+    let folder = Folder::new();
+    for (args, says) in [
+        (&["man", "--output", "-"][..], "names a folder"),
+        (&["demo", "--keep", "-"], "name a file"),
+        (
+            &["serve", "--config", "c", "--prefetch", "all"],
+            "--prefetch has no effect",
+        ),
+    ] {
+        run(&folder, args).exits(2).says(&[says]);
+    }
+    assert_eq!(folder.names(), [""; 0]);
+}
+
+#[test]
 fn help_documents_the_exit_codes() {
     let help = Run::to_end(&mut command(["--help"])).exits(0).text();
     for line in [

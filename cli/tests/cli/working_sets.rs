@@ -8,6 +8,7 @@ use snapshot_format::trace::{Touch, TouchReason, Trace, TraceEnd};
 use snapshot_format::{Page, Reason, Snapshot};
 
 use crate::common::{Folder, noise, number, remarks, run};
+use crate::elf_core::{Core, Load};
 
 const PAGE: usize = 4096;
 
@@ -211,7 +212,15 @@ fn several_traces_are_merged() {
     let merged = Trace::read_path(folder.file("all")).unwrap();
     // Equal median ranks: the lower number comes first.
     assert_eq!(merged.pages(), [5, 6]);
-    run(&folder, &merge).exits(1).says(&["all exists already"]);
+    let exists = "all exists already; --force replaces it";
+    run(&folder, &merge).exits(1).says(&[exists]);
+    // The same to standard output.
+    let written = folder.read("all");
+    let piped = run(&folder, &["trace", "merge", "1", "2", "3", "-o", "-"]).exits(0);
+    assert!(piped.out == written, "another trace is written");
+    piped.says(&["written     2 pages, 8.00 KiB: standard output"]);
+    let json = run(&folder, &["trace", "merge", "1", "-o", "-", "--json"]);
+    json.exits(2).says(&["name a file"]);
     let over = ["trace", "merge", "1", "2", "-o", "1", "--force"];
     let read = "is read to make the output";
     run(&folder, &over).exits(2).says(&[read]);
@@ -230,7 +239,7 @@ fn traces_are_shown_and_compared() {
     write_trace(&folder, "b", "image.snap", &[6, 5, 8, 9, 100]);
     let shown = run(&folder, &["trace", "show", "a"]).exits(0).text();
     for line in [
-        "touched     4 pages, 16.00 KiB; 0.1 % of the page numbers",
+        "touched     4 pages, 16.00 KiB: 0.1 % of the 4,608 page numbers of the memory",
         "times       half by 2.0 ms, 90 % by 4.0 ms, all by 4.0 ms",
         "order       the next page is the next touch in 66.7 % of the cases",
         "seen        4 by faults, 0 by other means; 7 pages were present at the start",
@@ -249,6 +258,16 @@ fn traces_are_shown_and_compared() {
         (number(&json, "half_us"), &json["end"]),
         (2000, &json!("settled"))
     );
+
+    write_trace(&folder, "none", "image.snap", &[]);
+    let shown = run(&folder, &["trace", "show", "none"]).exits(0).text();
+    let lines: Vec<&str> = shown.lines().skip(1).collect();
+    let expected = [
+        "touched     no page; the memory has 4,608 page numbers",
+        "present     7 pages at the start",
+        "recorded    2000-02-29 00:00:00 UTC; end: the rate of first touches settled",
+    ];
+    assert_eq!(lines, expected);
 
     let json = run(&folder, &["trace", "compare", "a", "b", "--json"])
         .exits(0)
@@ -385,6 +404,18 @@ fn optimized_child_keeps_its_base() {
     assert!(folder.read("image.snap") == base, "the base changed");
     let ancestors = info(&folder, "child.snap")["ancestors"].clone();
     assert_eq!(ancestors.as_array().unwrap().len(), 1);
+    assert_eq!(remarks(&report), []);
+    let away = ["optimize", "child.snap", "-o", "other/x", "--trace", "a"];
+    std::fs::create_dir(folder.file("other")).unwrap();
+    let told = run(&folder, &away).exits(0).text();
+    let note =
+        "note        1 ancestor of the new snapshot not in its folder (the first was image.snap)";
+    assert!(told.contains(note), "{told}");
+    let labels = told.lines().filter(|line| line.starts_with("frames "));
+    assert_eq!(labels.count(), 1, "{told}");
+    let args = [&away[..], &["--force", "--json"]].concat();
+    let elsewhere = [("base.elsewhere".to_owned(), 1)];
+    assert_eq!(remarks(&run(&folder, &args).exits(0).json()), elsewhere);
 
     // A base that others need is not replaced; a new one takes its place by `rebase`.
     let optimize = ["optimize", "image.snap", "--trace", "b", "-o"];
@@ -392,7 +423,10 @@ fn optimized_child_keeps_its_base() {
     let refused = run(&folder, &[&optimize[..], &["image.snap"]].concat());
     refused.exits(2).says(&["is an ancestor of", "child.snap"]);
     run(&folder, &[&optimize[..], &["new.snap"]].concat()).exits(0);
-    run(&folder, &["rebase", "child.snap", "--base", "new.snap"]).exits(0);
+    let rebase = ["rebase", "child.snap", "--base", "new.snap", "--json"];
+    let away = run(&folder, &[&rebase[..], &["-o", "other/y"]].concat());
+    assert_eq!(remarks(&away.exits(0).json()), elsewhere);
+    assert_eq!(remarks(&run(&folder, &rebase).exits(0).json()), []);
     holds(&folder, "child.snap", &memory);
 }
 
@@ -444,11 +478,94 @@ fn create_packs_in_the_order_of_a_trace() {
     assert_eq!(report["base"]["file"], "image.snap");
     holds(&folder, "child.snap", &memory);
 
-    // Memory of another size.
+    // Memory of another size: found before the source is read, which is no diff of this base.
+    folder.write("long.raw", &[]);
+    let long = std::fs::File::options()
+        .write(true)
+        .open(folder.file("long.raw"));
+    long.unwrap().set_len(9000 * PAGE as u64).unwrap();
+    let args = ["create", "long.raw", "-o", "n", "--base", "image.snap"];
+    run(&folder, &args).exits(1).says(&["the diff is at least"]);
+    run(&folder, &[&args[..], &["--trace", "a"]].concat())
+        .exits(1)
+        .says(&[
+            "a: the trace is of memory with 4608 page numbers",
+            " has 9216;",
+        ]);
     folder.write("small.raw", &memory[..1000 * PAGE]);
     let small = ["create", "small.raw", "-o", "small.snap", "--trace", "a"];
     run(&folder, &small)
         .exits(1)
         .says(&["a: ", "create the snapshot without --trace"]);
     assert!(!folder.file("small.snap").exists());
+}
+
+#[test]
+fn core_is_packed_in_the_order_of_its_own_trace() {
+    let folder = Folder::new();
+    // Regions of which none fills its last block, and two segments that form one region.
+    for (name, qemu) in [("process", false), ("guest", true)] {
+        let load = |start: u64, pages| Load {
+            start,
+            bytes: noise(pages * PAGE),
+            memory_bytes: (pages * PAGE) as u64,
+        };
+        let core = Core {
+            loads: vec![
+                load(0x10_0000, 600),
+                load(0x10_0000 + 600 * 4096, 20),
+                load(0x8000_0000, 513),
+            ],
+            qemu,
+            ..Core::default()
+        };
+        folder.write(name, &core.bytes());
+        let create = ["create", name, "--force", "-o", "s"];
+        run(&folder, &create).exits(0);
+        write_trace(&folder, "t", "s", &[5, 599, 7]);
+        let report = run(
+            &folder,
+            &[&create[..], &["--trace", "t", "--json"]].concat(),
+        );
+        let report = report.exits(0).json();
+        assert_eq!(remarks(&report), [], "{name}");
+        assert_eq!(number(&report["working_set"], "pages"), 3, "{name}");
+    }
+}
+
+#[test]
+fn flattened_and_optimized_snapshot_has_one_summary() {
+    let folder = Folder::new();
+    let mut memory = image(&folder);
+    memory[..40 * PAGE].copy_from_slice(&noise(40 * PAGE));
+    folder.write("child.raw", &memory);
+    write_trace(&folder, "a", "image.snap", &scattered(4200));
+    let args = [
+        "create",
+        "child.raw",
+        "--base",
+        "image.snap",
+        "--holes",
+        "zero",
+        "-o",
+        "new.snap",
+        "--flatten-after",
+        "0",
+        "--trace",
+        "a",
+    ];
+    let told = run(&folder, &args).exits(0).text();
+    let lines = |label: &str| told.lines().filter(|line| line.starts_with(label)).count();
+    assert_eq!((lines("frames "), lines("flattened ")), (1, 1), "{told}");
+    // The frames of the file in between are of no interest.
+    assert_eq!(lines("rewritten "), 0, "{told}");
+    assert!(
+        told.contains("pages copied from it and its ancestors"),
+        "{told}"
+    );
+    let report = run(&folder, &[&args[..], &["--force", "--json"]].concat());
+    let report = report.exits(0).json();
+    assert_eq!(number(&report["flattened"], "ancestors"), 1);
+    assert!(report["flattened"]["copied_frames"].is_null(), "{report}");
+    holds(&folder, "new.snap", &memory);
 }

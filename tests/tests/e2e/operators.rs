@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
@@ -299,6 +300,40 @@ fn ended_vms_leave_records_of_their_runs() {
         let page = fs::read_to_string(page).expect("cannot read the file");
         assert!(page.contains(&format!("VM {number} (pid ")), "{record}");
     }
+}
+
+/// An older program does not know the options that came later.
+#[test]
+fn upgrade_to_a_program_with_fewer_options_succeeds() {
+    let mut scene = Scene::new(Shares::MIXED);
+    let files = scene.path("files");
+    fs::create_dir(&files).expect("cannot create the folder");
+    let (folder, control) = (files.display().to_string(), scene.path("control"));
+    let control = control.display().to_string();
+    let options = ["--control", &control, "--run-json", &folder];
+    scene.serve(&[&options[..], &["--record", &folder]].concat());
+    let older = scene.path("older");
+    let real = program::program().display();
+    let script = format!(
+        "#!/bin/sh\nfor option; do case $option in\n\
+         worker | --log-format | text | --frame-cache | 64 | --confine) ;;\n\
+         *) exit 2 ;;\nesac; done\nexec {real} \"$@\"\n"
+    );
+    fs::write(&older, script).expect("cannot write the script");
+    fs::set_permissions(&older, fs::Permissions::from_mode(0o755)).expect("cannot change the mode");
+    let _ = ctl(&scene, &["upgrade", &older.display().to_string()]);
+    scene.wait_for("upgraded to a worker", 1);
+    let _ = Run::to_end(&mut scene.vmm(&["--only", "100"])).exits(0);
+    scene.wait_for("recorded 100 touches to ", 1);
+    assert_eq!(endings(&scene.stop()), ["exited"]);
+    // This one knows the settings that come with the services.
+    let entries = fs::read_dir(&files).expect("cannot list the folder");
+    let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let mut kinds: Vec<_> = names
+        .filter_map(|name| name.split_once('.').map(|(_, kind)| kind.to_owned()))
+        .collect();
+    kinds.sort();
+    assert_eq!(kinds, ["run.json", "trace"]);
 }
 
 #[test]

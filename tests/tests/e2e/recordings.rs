@@ -106,7 +106,7 @@ fn operator_records_a_vm_from_now_on() {
         assert!(run.err.contains(why), "{}", run.err);
     };
     let stop = ["1", "stop", "--output", text(&trace)];
-    refused(&stop, "VM 1 is not being recorded");
+    refused(&stop, "VM 1 was not recorded");
     refused(&["9", "start"], "no VM 9");
     let _ = ctl(&["1", "start"]).exits(0);
     refused(&["1", "start"], "VM 1 has a recording already");
@@ -127,8 +127,14 @@ fn operator_records_a_vm_from_now_on() {
     let _ = ctl(&["1", "start"]).exits(0);
     refused(&stop, "exists already");
     let other = scene.path("other.trace");
+    // A full disk: the trace is still there.
+    refused(&["1", "stop", "--output", "/dev/full"], "fetches it again");
     let _ = ctl(&["1", "stop", "--output", text(&other)]).exits(0);
     refused(&stop, "exists already");
+    let again = scene.path("again.trace");
+    let _ = ctl(&["1", "stop", "--output", text(&again)]).exits(0);
+    let bytes = [&other, &again].map(|file| fs::read(file).expect("cannot read the trace"));
+    assert!(bytes[0] == bytes[1], "another trace was sent");
     drop(vmm.stdin.take());
     let _ = end_of(vmm).exits(0);
     scene.stop();

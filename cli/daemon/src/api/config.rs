@@ -26,7 +26,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use clap::ValueEnum;
-use nix::unistd::Group;
+use nix::unistd::{AccessFlags, Group, eaccess};
 use serde::{Deserialize, Serialize};
 use snapshot_format::FileStore;
 
@@ -117,6 +117,18 @@ pub enum FailurePolicy {
     Kill,
     /// The page is poisoned; not for VMs, since KVM can read poison as zeros
     Poison,
+}
+
+/// Checks that `path` is a folder in which this process may create files.
+///
+/// # Errors
+///
+/// Returns the error that creating a file would meet, as far as it is known beforehand.
+pub fn check_output_folder(path: &Path) -> io::Result<()> {
+    if !std::fs::metadata(path)?.is_dir() {
+        return Err(io::ErrorKind::NotADirectory.into());
+    }
+    Ok(eaccess(path, AccessFlags::W_OK | AccessFlags::X_OK)?)
 }
 
 fn group_number(group: &str) -> Result<u32, ShareError> {

@@ -68,7 +68,8 @@ pub(crate) trait OperatorApi: Send + Sync {
     fn complete(&self, which: VmSelector) -> ApiResult<Vec<Completed>>;
     /// Begins to record the first touches of a VM.
     fn start_recording(&self, vm: VmId) -> ApiResult<()>;
-    /// Ends the recording of a VM, unless it has ended by itself, and returns its trace.
+    /// Ends the recording of a VM, unless it has ended by itself, and returns its trace. A second
+    /// call returns the same trace, until another recording begins.
     fn stop_recording(&self, vm: VmId) -> ApiResult<Recorded>;
     /// Stops accepting VMs, completes the current ones, and makes the daemon exit afterwards.
     /// Returns when all are released.

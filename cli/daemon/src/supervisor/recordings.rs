@@ -8,14 +8,14 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt as _;
-use std::path::Path;
 
 use snaprestore_engine::RecordingOptions;
+use snapshot_format::FileError;
 use snapshot_format::names::escape_path;
 use snapshot_format::trace::{self, FILE_EXTENSION, Trace, TraceError};
 
 use super::Supervisor;
-use super::vm_files::vm_file;
+use super::vm_files::VmFileName;
 use crate::api::summary::VmLabel;
 use crate::error::Chain;
 use crate::ipc::TraceDestination;
@@ -81,10 +81,10 @@ impl Supervisor {
             self.journal.vm_error(&label, what);
             return;
         };
-        let path = vm_file(folder, &label, FILE_EXTENSION);
+        let name = VmFileName::now(folder, &label, FILE_EXTENSION);
         let memfd = File::from(memfd);
         self.write_vm_file(&label, "its recording is lost", move || {
-            let written = write_trace(&memfd, &path);
+            let written = write_trace(&memfd, &name);
             written.map(Some).map_err(|error| Chain(&error).to_string())
         });
     }
@@ -110,7 +110,7 @@ impl Supervisor {
 
 /// Writes the trace in `memfd`, which a compromised worker may have sent, to a new file. Returns
 /// the message about it.
-fn write_trace(memfd: &File, path: &Path) -> Result<String, WriteTraceError> {
+fn write_trace(memfd: &File, name: &VmFileName) -> Result<String, WriteTraceError> {
     let read = || -> io::Result<Vec<u8>> {
         let metadata = memfd.metadata()?;
         let fits = metadata.is_file() && metadata.len() <= MAX_TRACE_BYTES;
@@ -121,13 +121,13 @@ fn write_trace(memfd: &File, path: &Path) -> Result<String, WriteTraceError> {
     };
     let bytes = read().map_err(WriteTraceError::Read)?;
     let trace = Trace::from_bytes(&bytes).map_err(WriteTraceError::Invalid)?;
-    trace
-        .write_path(path, false)
-        .map_err(WriteTraceError::Write)?;
+    let exists = |error: &TraceError| matches!(error, TraceError::File(FileError::Exists { .. }));
+    let written = name.write(|path| trace.write_path(path, false), exists);
+    let path = written.map_err(WriteTraceError::Write)?;
     Ok(format!(
         "recorded {} touches to {}; ended: {}",
         trace.touches.len(),
-        escape_path(path),
+        escape_path(&path),
         trace.end
     ))
 }

@@ -19,11 +19,11 @@ use snapshot_format::{OpenError, ReadError};
 use super::listener::{BoundSocket, ListenError};
 use super::snapshot_files::SnapshotFiles;
 use super::vm::SnapshotRef;
-use crate::api::config::Service;
+use crate::api::config::{Service, check_output_folder};
 use crate::api::types::{RequestError, VmState};
 use crate::error::Chain;
 use crate::fd_store::FdStore;
-use crate::ipc::{EndCounts, ToWorker};
+use crate::ipc::{EndCounts, NewerSettings, ToWorker};
 
 /// Why a service can't be added.
 #[derive(Debug, thiserror::Error)]
@@ -66,7 +66,7 @@ pub enum AddServiceError {
         timeout: Duration,
     },
     /// The folder for recordings can't be used.
-    #[error("cannot record to {folder}: create the folder, or correct `record`")]
+    #[error("cannot record to {folder}: create the folder, make it writable, or correct `record`")]
     RecordFolder {
         /// The path of the folder, escaped.
         folder: String,
@@ -451,10 +451,30 @@ impl Services {
     }
 
     /// Returns the message that passes a service to a worker, with the file of its snapshot.
-    pub(super) fn message(&self, key: u64) -> Option<(ToWorker, BorrowedFd<'_>)> {
+    pub(super) fn message(
+        &self,
+        key: u64,
+        run_records: bool,
+    ) -> Option<(ToWorker, BorrowedFd<'_>)> {
         let record = self.records.get(&key)?;
-        let service = Service::clone(&record.snapshot.service);
-        Some((ToWorker::Service { key, service }, record.files.own()))
+        let mut service = Service::clone(&record.snapshot.service);
+        let newer = NewerSettings::take_from(&mut service, run_records);
+        let message = ToWorker::Service {
+            key,
+            service,
+            newer,
+        };
+        Some((message, record.files.own()))
+    }
+
+    /// Returns the names of the newer settings that are in use, each once.
+    pub(super) fn newer_settings(&self, run_records: bool) -> Vec<&'static str> {
+        let services = self.records.values().map(|record| {
+            let mut service = Service::clone(&record.snapshot.service);
+            NewerSettings::take_from(&mut service, run_records).names()
+        });
+        let names: BTreeSet<_> = services.flatten().collect();
+        names.into_iter().collect()
     }
 
     /// Returns the message that passes an ancestor of a service's snapshot to a worker, with its
@@ -543,7 +563,7 @@ fn start_opening(
     let (folders, working_set) = (folders.to_vec(), service.working_set.clone());
     let open = move || {
         if let Some(folder) = &record {
-            check_folder(folder).map_err(|source| AddServiceError::RecordFolder {
+            check_output_folder(folder).map_err(|source| AddServiceError::RecordFolder {
                 folder: escape_path(folder),
                 source,
             })?;
@@ -557,14 +577,6 @@ fn start_opening(
         source,
     })?;
     Ok(opened)
-}
-
-fn check_folder(path: &Path) -> io::Result<()> {
-    if std::fs::metadata(path)?.is_dir() {
-        Ok(())
-    } else {
-        Err(io::ErrorKind::NotADirectory.into())
-    }
 }
 
 fn timed_out(path: &Path, timeout: Duration) -> AddServiceError {

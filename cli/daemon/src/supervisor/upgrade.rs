@@ -18,6 +18,8 @@ pub(super) struct Upgrade {
     pub(super) number: u64,
     /// The time at which it became ready.
     pub(super) ready: Option<Instant>,
+    /// Whether its program knows the newer settings of services.
+    pub(super) knows_newer: bool,
 }
 
 /// Why another program can't take over.

@@ -13,6 +13,9 @@ use crate::policy;
 /// Maximum number of files that wait to be written.
 const MAX_WAITING: usize = 64;
 
+/// Maximum number of names that are tried for a file.
+const MAX_NAMES: u32 = 1000;
+
 /// A task that writes a file. Returns a message for the log, if there is one, or the reason why the
 /// file is lost.
 type Job = Box<dyn FnOnce() -> JobResult + Send>;
@@ -130,16 +133,60 @@ impl Supervisor {
     }
 }
 
-/// Returns the path for a file of a VM. The time tells runs of the daemon apart, which count their
-/// VMs from 1.
-pub(super) fn vm_file(folder: &Path, label: &VmLabel, extension: &str) -> PathBuf {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    let (seconds, VmLabel { id, service, .. }) = (since.unwrap_or_default().as_secs(), label);
-    folder.join(format!("{service}-{id}-{seconds}.{extension}"))
+/// The names of a file about a VM.
+#[derive(Debug)]
+pub(super) struct VmFileName {
+    folder: PathBuf,
+    stem: String,
+    extension: &'static str,
+}
+
+impl VmFileName {
+    /// Returns the names of a file that is made now. The time tells runs of the daemon apart, which
+    /// count their VMs from 1.
+    pub(super) fn now(folder: &Path, label: &VmLabel, extension: &'static str) -> Self {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH);
+        Self::at(since.unwrap_or_default(), folder, label, extension)
+    }
+
+    fn at(time: Duration, folder: &Path, label: &VmLabel, extension: &'static str) -> Self {
+        let (seconds, VmLabel { id, service, .. }) = (time.as_secs(), label);
+        Self {
+            folder: folder.to_owned(),
+            stem: format!("{service}-{id}-{seconds}"),
+            extension,
+        }
+    }
+
+    /// Writes the file with `write`, under the first name that is free: a daemon that was started
+    /// twice in a second has given the first one away. Returns the path.
+    pub(super) fn write<E>(
+        &self,
+        write: impl Fn(&Path) -> Result<(), E>,
+        exists: impl Fn(&E) -> bool,
+    ) -> Result<PathBuf, E> {
+        let mut number = 1;
+        loop {
+            let more = if number == 1 {
+                String::new()
+            } else {
+                format!("-{number}")
+            };
+            let name = format!("{}{more}.{}", self.stem, self.extension);
+            let path = self.folder.join(name);
+            match write(&path) {
+                Ok(()) => return Ok(path),
+                Err(error) if exists(&error) && number < MAX_NAMES => number += 1,
+                Err(error) => return Err(error),
+            }
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Error, ErrorKind};
+
     use super::*;
 
     fn label(id: u64) -> VmLabel {
@@ -179,9 +226,29 @@ mod tests {
 
     #[test]
     fn names_tell_services_and_vms_apart() {
-        let path = vm_file(Path::new("/d"), &label(3), "run.json");
+        let name = VmFileName::now(Path::new("/d"), &label(3), "run.json");
+        let path = name.write(|_| Ok::<_, ()>(()), |()| false).unwrap();
         let name = path.file_name().unwrap().to_str().unwrap();
         assert!(name.starts_with("web-3-"), "{name}");
         assert!(name.strip_suffix(".run.json").is_some(), "{name}");
+    }
+
+    #[test]
+    fn files_of_one_second_get_different_names() {
+        let folder = tempfile::tempdir().unwrap();
+        let time = Duration::from_secs(77);
+        let name = VmFileName::at(time, folder.path(), &label(3), "trace");
+        let create = |path: &Path| std::fs::File::create_new(path).map(drop);
+        let exists = |error: &Error| error.kind() == ErrorKind::AlreadyExists;
+        let names = [(); 3].map(|()| {
+            let path = name.write(create, exists).unwrap();
+            path.file_name().unwrap().to_str().unwrap().to_owned()
+        });
+        let expected = ["web-3-77.trace", "web-3-77-2.trace", "web-3-77-3.trace"];
+        assert_eq!(names, expected);
+        // Any other error ends the search.
+        let gone = VmFileName::at(time, Path::new("/nowhere/x"), &label(3), "trace");
+        let error = gone.write(create, exists).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NotFound);
     }
 }

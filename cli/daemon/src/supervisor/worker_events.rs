@@ -3,9 +3,10 @@
 use std::os::fd::OwnedFd;
 
 use snaprestore_engine::pager::SessionEnd;
-use snaprestore_engine::stats::RunRecord;
+use snaprestore_engine::stats::{RunError as WriteRunError, RunRecord};
+use snapshot_format::FileError;
 
-use super::vm_files::vm_file;
+use super::vm_files::VmFileName;
 use super::workers::{Briefing, WorkerState};
 use super::{RunError, Stopping, Supervisor};
 use crate::api::summary::{VmLabel, VmSummary};
@@ -30,7 +31,7 @@ impl Supervisor {
         descriptors: Vec<OwnedFd>,
     ) -> Result<(), RunError> {
         match message {
-            FromWorker::Ready { version } => self.workers.mark_ready(version),
+            FromWorker::Ready { version, .. } => self.workers.mark_ready(version),
             // If the first worker fails, another one would fail as well. A later one may fail
             // because memory is short.
             FromWorker::ConfineFailed { why } if self.workers.is_first() => {
@@ -134,11 +135,14 @@ impl Supervisor {
             return;
         };
         run.what = label.to_string();
-        let path = vm_file(folder, label, "run.json");
+        let name = VmFileName::now(folder, label, "run.json");
         self.write_vm_file(label, "its statistics are lost", move || {
-            let written = run.write_path(&path, false);
+            let exists = |error: &WriteRunError| {
+                matches!(error, WriteRunError::File(FileError::Exists { .. }))
+            };
+            let written = name.write(|path| run.write_path(path, false), exists);
             written
-                .map(|()| None)
+                .map(|_| None)
                 .map_err(|error| Chain(&error).to_string())
         });
     }
@@ -204,6 +208,14 @@ impl Supervisor {
         if let Some(version) = self.workers.upgrade_version() {
             self.journal
                 .info(format_args!("upgraded to a worker of version {version}"));
+            let ignored = self.workers.upgrade_ignores(&self.services);
+            if !ignored.is_empty() {
+                self.journal.error(format_args!(
+                    "the program of the worker, version {version}, is too old for these settings \
+                     and ignores them: {}; upgrade to a newer program",
+                    ignored.join(", ")
+                ));
+            }
             return;
         }
         let vms = count(self.vms.active().len() as u64, "VM");

@@ -84,9 +84,8 @@ impl WorkerProcess {
         let format = format.as_ref().map_or("text", |format| format.get_name());
         command.args(["--log-format", format]);
         command.args(["--frame-cache", &options.frame_cache.to_string()]);
-        if options.run_json.is_some() {
-            command.arg("--run-records");
-        }
+        // Options end a worker of a program that does not know them: newer settings come with the
+        // services.
         if options.confine {
             command.arg("--confine");
         }

@@ -199,12 +199,13 @@ impl Workers {
 
     fn send_one(&self, what: &Outgoing, briefing: &Briefing<'_>) -> io::Result<()> {
         let channel = &self.current.channel;
+        let run_records = self.options.run_json.is_some();
         match what {
             Outgoing::Layer(key, number) => match briefing.services.layer_message(*key, *number) {
                 Some((message, file)) => channel.send(&message, &[file]),
                 None => Ok(()),
             },
-            Outgoing::Service(key) => match briefing.services.message(*key) {
+            Outgoing::Service(key) => match briefing.services.message(*key, run_records) {
                 Some((message, file)) => channel.send(&message, &[file]),
                 None => Ok(()),
             },
@@ -243,6 +244,7 @@ impl Workers {
             supervisor: std::process::id(),
             worker_restarts: self.restarts,
             draining: briefing.draining,
+            knows_recordings: true,
             ended: briefing.services.ended(),
         }
     }
@@ -347,6 +349,15 @@ impl Workers {
         upgrade.worker.version.as_deref()
     }
 
+    /// Returns the names of the settings in use that the worker that takes over does not know.
+    pub(super) fn upgrade_ignores(&self, services: &Services) -> Vec<&'static str> {
+        let upgrade = self.upgrade.as_ref();
+        if upgrade.is_none_or(|upgrade| upgrade.knows_newer) {
+            return Vec::new();
+        }
+        services.newer_settings(self.options.run_json.is_some())
+    }
+
     /// Returns the next worker: that of a ready upgrade, else a new one of the same program.
     fn next(&mut self, cause: &ExitCause) -> Result<WorkerProcess, RunError> {
         if let Some(upgrade) = self.upgrade.take_if(|upgrade| upgrade.ready.is_some()) {
@@ -407,6 +418,7 @@ impl Workers {
             program,
             number,
             ready: None,
+            knows_newer: false,
         });
         Ok(())
     }
@@ -417,12 +429,19 @@ impl Workers {
             return;
         };
         match upgrade.worker.channel.receive() {
-            Ok(Some((FromWorker::Ready { version }, _))) => {
+            Ok(Some((
+                FromWorker::Ready {
+                    version,
+                    knows_newer,
+                },
+                _,
+            ))) => {
                 let upgraded = Upgraded {
                     from: self.current.version.clone().unwrap_or_default(),
                     to: version.clone(),
                 };
                 upgrade.worker.version = Some(version);
+                upgrade.knows_newer = knows_newer;
                 upgrade.ready = Some(Instant::now());
                 let reply = Outgoing::Reply(upgrade.number, Ok(Some(upgraded)));
                 self.outgoing.push_back(reply);

@@ -47,7 +47,9 @@ use crate::api::control;
 use crate::api::summary::{VmLabel, VmSummary};
 use crate::api::types::{self, MAX_RECENT_VMS, RequestError, VmState, VmStats};
 use crate::error::Chain;
-use crate::ipc::{Channel, Endpoint, Facts, FromWorker, ToWorker, TraceDestination};
+use crate::ipc::{
+    Channel, Endpoint, Facts, FromWorker, NewerSettings, ToWorker, TraceDestination,
+};
 use crate::log::{self, LogFormat};
 
 /// Interval at which suppressed events are logged.
@@ -67,9 +69,6 @@ pub(crate) struct WorkerOptions {
     /// Decoded frames that sessions share, in MiB
     #[arg(long)]
     frame_cache: u64,
-    /// Send the record of each session
-    #[arg(long)]
-    run_records: bool,
     /// How events are logged
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     pub(crate) log_format: LogFormat,
@@ -144,10 +143,7 @@ pub(crate) fn run(args: &WorkerOptions) -> Result<ExitCode, WorkerError> {
         return Ok(ExitCode::FAILURE);
     }
     arm();
-    let worker = Arc::new(Worker {
-        run_records: args.run_records,
-        ..Worker::new(channel, user, cores, shared, pool)
-    });
+    let worker = Arc::new(Worker::new(channel, user, cores, shared, pool));
     let format = args.log_format;
     worker.spawn("log", move |_| {
         loop {
@@ -156,7 +152,11 @@ pub(crate) fn run(args: &WorkerOptions) -> Result<ExitCode, WorkerError> {
         }
     })?;
     let version = env!("CARGO_PKG_VERSION").to_owned();
-    worker.channel.send(&FromWorker::Ready { version }, &[])?;
+    let ready = FromWorker::Ready {
+        version,
+        knows_newer: true,
+    };
+    worker.channel.send(&ready, &[])?;
     while let Some((message, descriptors)) = worker.channel.receive()? {
         if let ToWorker::Shutdown = message {
             worker.let_clients_finish();
@@ -204,8 +204,6 @@ pub(crate) struct Worker {
     /// The daemon's user.
     user: u32,
     cores: usize,
-    /// Records of sessions are sent to the supervisor.
-    run_records: bool,
     pub(crate) services: Mutex<BTreeMap<u64, Arc<OpenService>>>,
     /// Ancestors of snapshots that have not been announced yet, by service.
     ancestors: Mutex<BTreeMap<u64, Vec<Arc<FileStore>>>>,
@@ -227,6 +225,8 @@ pub(crate) struct OpenService {
     pub(crate) service: Service,
     /// Number of files of the snapshot.
     pub(crate) layers: u64,
+    /// Records of sessions are sent to the supervisor.
+    run_records: bool,
     snapshot: Mutex<ServedSnapshot>,
 }
 
@@ -314,7 +314,6 @@ impl Worker {
             channel,
             user,
             cores,
-            run_records: false,
             shared,
             services: Mutex::default(),
             ancestors: Mutex::default(),
@@ -344,9 +343,13 @@ impl Worker {
                 let file = Arc::new(FileStore::named(File::from(file), name));
                 lock(&self.ancestors).entry(key).or_default().push(file);
             }
-            ToWorker::Service { key, service } => {
+            ToWorker::Service {
+                key,
+                service,
+                newer,
+            } => {
                 let file = next().ok_or_else(missing("a snapshot without its file"))?;
-                self.add_service(key, service, file);
+                self.add_service(key, service, newer, file);
             }
             ToWorker::RemoveService { key } => self.remove_service(key),
             ToWorker::Vm {
@@ -434,11 +437,13 @@ impl Worker {
     }
 
     /// Adds a service, whose snapshot's ancestors were passed before.
-    fn add_service(&self, key: u64, service: Service, file: OwnedFd) {
+    fn add_service(&self, key: u64, mut service: Service, newer: NewerSettings, file: OwnedFd) {
+        let run_records = newer.run_records;
+        newer.put_back(&mut service);
         let own = FileStore::from_file(File::from(file), &service.snapshot);
         let ancestors = lock(&self.ancestors).remove(&key).unwrap_or_default();
         let files = PassedFiles::new(own, ancestors, &self.layers);
-        lock(&self.services).insert(key, Arc::new(OpenService::new(files, service)));
+        lock(&self.services).insert(key, Arc::new(OpenService::new(files, service, run_records)));
     }
 
     fn remove_service(&self, key: u64) {
@@ -500,7 +505,7 @@ impl Worker {
             vms.remove(&id);
         }
         let incomplete = matches!(vm.end, SessionEnd::Killed(_)) && served.to_complete.load(SeqCst);
-        let paged = served.paged.get().filter(|_| self.run_records);
+        let paged = served.paged.get().filter(|_| served.service.run_records);
         let run = paged.map(|paged| Box::new(paged.run_record(served.label().to_string())));
         self.notify(&FromWorker::VmEnded {
             id,
@@ -641,9 +646,10 @@ impl Worker {
 }
 
 impl OpenService {
-    fn new(files: PassedFiles, service: Service) -> Self {
+    fn new(files: PassedFiles, service: Service, run_records: bool) -> Self {
         Self {
             service,
+            run_records,
             layers: files.count(),
             snapshot: Mutex::new(ServedSnapshot::Passed(files)),
         }

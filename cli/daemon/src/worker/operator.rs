@@ -7,7 +7,7 @@ use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use snaprestore_engine::{RecordError, Recording, RecordingOptions};
+use snaprestore_engine::{RecordError, RecordingOptions};
 
 use super::{ServedVm, Worker, lock};
 use crate::api::config::Service;
@@ -84,8 +84,8 @@ impl Worker {
         }
         if lock(&self.ended).iter().any(|stats| stats.vm.id == vm) {
             return Err(format!(
-                "VM {vm} is no longer served, and a recording that was not stopped before is lost; \
-                 `serve --record DIR` keeps those of all VMs"
+                "VM {vm} is no longer served, and its recording is gone; `serve --record DIR` keeps \
+                 those of all VMs"
             )
             .into());
         }
@@ -194,6 +194,11 @@ impl OperatorApi for Worker {
     }
 
     fn start_recording(&self, vm: VmId) -> ApiResult<()> {
+        if !lock(&self.facts).knows_recordings {
+            let text = "the supervisor is of an older program, which cannot record VMs: restart \
+                        the daemon with a newer one";
+            return Err(text.to_owned().into());
+        }
         let served = self.recordable(vm)?;
         let paged = served.paged.get().ok_or_else(being_set_up)?;
         let mut recording = lock(&served.recording);
@@ -232,11 +237,12 @@ impl OperatorApi for Worker {
             });
             return recorded;
         }
-        // The trace of the service's recording is written to its folder as well.
-        match paged.recording().filter(Recording::is_running) {
+        // A recording that was stopped before is kept until another one begins: the operator may
+        // have failed to write its trace. That of a service is written to its folder as well.
+        match paged.recording() {
             Some(recording) => Recorded::new(vm, &recording.stop()),
             None => Err(format!(
-                "VM {vm} is not being recorded; `snaprestore ctl record {vm} start` begins that"
+                "VM {vm} was not recorded; `snaprestore ctl record {vm} start` begins that"
             )
             .into()),
         }

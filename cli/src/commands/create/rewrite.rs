@@ -38,7 +38,7 @@ pub(super) fn flatten_beyond(
     let options = flatten::options(&packing, &child, (output, "flattening"), cancel);
     let flat = Target::create(&args.output, args.force, cancel)?;
     let (flat, rewritten) = snapshot_format::flatten(flat, &child, options)?;
-    let rewrite = RewriteFacts::of(&rewritten);
+    let rewrite = args.traces.is_empty().then(|| RewriteFacts::of(&rewritten));
     let flattened = Flattened {
         ancestors,
         limit,
@@ -47,11 +47,26 @@ pub(super) fn flatten_beyond(
     Ok((flat, rewritten.written, Some(flattened)))
 }
 
+/// Refuses traces of memory that has another number of page numbers than `page_slots`.
+pub(super) fn check_size(args: &args::Create, traces: &[Trace], page_slots: u64) -> Result<()> {
+    for (path, trace) in args.traces.iter().zip(traces) {
+        if trace.page_slots != page_slots {
+            bail!(
+                "{}: the trace is of memory with {} page numbers, and this memory has \
+                 {page_slots}; create the snapshot without --trace",
+                names::path(path),
+                trace.page_slots
+            );
+        }
+    }
+    Ok(())
+}
+
 /// Optimizes a snapshot that is written but has no name yet. Returns a remark if the traces are of
 /// other content.
 pub(super) fn optimize_written(
     args: &args::Create,
-    traces: &[Trace],
+    traces: Vec<Trace>,
     base: Option<&Snapshot>,
     mut target: Target,
     (output, cancel): (Output, &Cancel),
@@ -62,34 +77,25 @@ pub(super) fn optimize_written(
         None => Snapshot::open(Arc::new(FileStore::from_file(file, &args.output)))?,
     };
     let mut others = 0;
-    for (path, trace) in args.traces.iter().zip(traces) {
+    check_size(args, &traces, snapshot.page_slots())?;
+    for (path, trace) in args.traces.iter().zip(&traces) {
         match trace.check_matches(&snapshot) {
-            Err(TraceError::OtherContent { .. }) if trace.page_slots == snapshot.page_slots() => {
-                others += 1;
-            }
-            Err(TraceError::OtherContent { .. }) => {
-                bail!(
-                    "{}: the trace is of memory with {} page numbers, and this memory has {}; \
-                     create the snapshot without --trace",
-                    names::path(path),
-                    trace.page_slots,
-                    snapshot.page_slots()
-                );
-            }
+            Err(TraceError::OtherContent { .. }) => others += 1,
             result => result.map_err(trace::named(path))?,
         }
     }
     let packing = packing(args);
+    let number = traces.len();
+    let pages = optimize::merged(traces, args::Merging::default(), cancel)?;
     let plan = optimize::Plan {
         name: DEFAULT_WORKING_SET,
-        traces,
-        merging: args::Merging::default(),
+        pages: &pages,
         packing: &packing,
     };
     let snapshot = Arc::new(snapshot);
     let new = Target::create(&args.output, args.force, cancel)?;
     let (new, optimized) = plan.execute(new, &args.output, &snapshot, (output, cancel))?;
-    let set = WorkingSetFacts::of(&optimized.working_set, DEFAULT_WORKING_SET, traces.len());
+    let set = WorkingSetFacts::of(&optimized.working_set, DEFAULT_WORKING_SET, number);
     let remark = (others > 0).then(|| Remark {
         key: "traces.other_content",
         value: others.to_string(),

@@ -13,6 +13,7 @@ use crate::exit::{Exit, Refusal};
 use crate::names;
 use crate::output::Output;
 use crate::signals::Cancel;
+use crate::target;
 use crate::trace_file::TraceFile;
 use snaprestore_daemon::api::control::{Client, RecordAction, Request};
 use snaprestore_daemon::api::types::{Completed, Recorded};
@@ -72,6 +73,10 @@ pub(crate) fn run(args: &args::Ctl, output: Output, cancel: &Cancel) -> Result<E
 /// Starts or stops a recording. The file is created first, so that a bad path ends no recording.
 fn record_vm(record: &args::CtlRecord, client: &Client, output: Output) -> Result<()> {
     let (vm, action) = (record.vm, record.action);
+    let to_stdout = match &record.output {
+        Some(path) => target::is_stdout_without_json(path, output)?,
+        None => false,
+    };
     let file = match (action, &record.output) {
         (RecordAction::Stop, Some(path)) => Some(TraceFile::create(path)?),
         (RecordAction::Start, Some(_)) => {
@@ -88,7 +93,13 @@ fn record_vm(record: &args::CtlRecord, client: &Client, output: Output) -> Resul
     let recorded: Recorded = client.receive(false)?;
     let trace = recorded.trace();
     let trace = trace.context("the daemon did not send a trace; it may be of another version")?;
-    output.report(&file.write(&trace)?)
+    let written = file.write(&trace).with_context(|| {
+        format!(
+            "the trace of VM {vm} is not written, and is kept until the VM is recorded again, or \
+             ends; `snaprestore ctl record {vm} stop -o FILE` fetches it again"
+        )
+    })?;
+    output.report_beside(to_stdout, &written)
 }
 
 /// Reports the VMs that were to be released; fails if one could not be.

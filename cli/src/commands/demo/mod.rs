@@ -21,14 +21,14 @@ use self::owner::{Owner, OwnerCounts};
 use super::create::{self, DictionaryChoice, WriteSettings};
 use super::{restore, verify};
 use crate::args::{self, Prefetch, Touch};
-use crate::exit::{self, Exit};
+use crate::exit::{self, Exit, Refusal};
 use crate::facts::Facts;
 use crate::names;
 use crate::output::{Output, count, percent, ratio};
 use crate::progress::Progress;
 use crate::signals::Cancel;
 use crate::source::{HeldProcess, PAGE, Place, Region, Sink, Source as _};
-use crate::target::{Stream, Target};
+use crate::target::{self, Stream, Target};
 
 pub(crate) use owner::run as run_owner;
 
@@ -134,6 +134,11 @@ struct Packed {
 /// Returns the target for the snapshot, and the path to read it from afterwards.
 fn destination(args: &args::Demo, cancel: &Cancel) -> Result<(Target, Packed)> {
     if let Some(path) = &args.keep {
+        if target::is_stdout(path) {
+            let text = "--keep - : the snapshot is read again, which standard output cannot be; \
+                        name a file";
+            return Err(Refusal::Usage(text.into()).into());
+        }
         let packed = Packed {
             path: path.clone(),
             _file: None,
@@ -147,7 +152,7 @@ fn destination(args: &args::Demo, cancel: &Cancel) -> Result<(Target, Packed)> {
         path: fd_path(&open),
         _file: Some(open),
     };
-    Ok((Target::Stream(Stream::new(file, cancel)?), packed))
+    Ok((Target::Stream(Stream::new(file, Some(cancel))?), packed))
 }
 
 /// Packs a process, and writes a raw copy of the same memory to `reference`.

@@ -75,7 +75,7 @@ impl ReportFacts {
             None => None,
         };
         let trace = match &args.trace {
-            Some(path) => Some(read_trace(path, snapshot)?),
+            Some(path) => Some(read_trace(path, snapshot, cancel)?),
             None => None,
         };
         let hot = match &trace {
@@ -137,8 +137,9 @@ pub(super) fn region_name(region: &RegionFacts, number: usize) -> String {
     }
 }
 
-fn read_trace(path: &Path, snapshot: &Snapshot) -> Result<Trace> {
-    let trace = Trace::read_path(path)?;
+fn read_trace(path: &Path, snapshot: &Snapshot, cancel: &Cancel) -> Result<Trace> {
+    let own = path.to_owned();
+    let trace = cancel.unless_stopped(move || Trace::read_path(own))??;
     trace
         .check_matches(snapshot)
         .with_context(|| names::path(path))?;

@@ -3,6 +3,7 @@
 mod order;
 mod record;
 mod report;
+mod run_file;
 mod touch;
 
 use std::fs::File;
@@ -28,6 +29,7 @@ use crate::trace_file::TraceFile;
 use order::Order;
 use record::TraceWriter;
 pub(crate) use report::RestoreReport;
+use run_file::RunFile;
 use touch::Pages;
 
 /// Note that the command works with less permission than the engine wants.
@@ -45,7 +47,13 @@ pub(crate) fn run(args: &args::Restore, output: Output, cancel: &Cancel) -> Resu
     }
     let report = restore(args, output, cancel)?;
     output.report(&report)?;
-    Ok(report.exit())
+    let failed = report.unwritten.iter().map(|error| output.fail(error));
+    let failed = failed.last().unwrap_or(Exit::Done);
+    // A file that could not be written does not hide how the restore went.
+    Ok(match report.exit() {
+        Exit::Done => failed,
+        exit => exit,
+    })
 }
 
 /// Restores a snapshot and returns a report.
@@ -68,6 +76,7 @@ pub(crate) fn restore(
         )
         .into());
     }
+    refuse_stdout(args)?;
     let snapshot = Arc::new(layers::open(&args.file, &args.layers)?);
     let pages = Pages::all(&snapshot);
     let raw = match &args.check {
@@ -78,11 +87,15 @@ pub(crate) fn restore(
         Touch::None => None,
         Touch::Sequential => Some(Order::Sequential(pages.count)),
         Touch::Random => Some(Order::random(pages.count, args.seed)),
-        Touch::File(path) => Some(Order::listed(path, &pages)?),
+        Touch::File(path) => Some(listed(path, &pages, cancel)?),
     };
-    if let Some(path) = &args.run_json {
-        refuse_run_json(path, args, &snapshot)?;
-    }
+    let run_file = match &args.run_json {
+        Some(path) => {
+            refuse_run_json(path, args, &snapshot)?;
+            Some(RunFile::open(path)?)
+        }
+        None => None,
+    };
     check_working_sets(args, &snapshot, output)?;
     let trace = args.record.as_deref().map(TraceFile::create).transpose()?;
     let began = Instant::now();
@@ -127,9 +140,10 @@ pub(crate) fn restore(
         }
     }
     let stats = restored.stats();
-    if let Some(path) = &args.run_json {
+    let mut unwritten = Vec::new();
+    if let Some(file) = run_file {
         let record = restored.run_record(format!("restore of {}", names::exact(&args.file)));
-        record.write_path(path, true)?;
+        unwritten.extend(file.write(&record).err());
     }
     let mut report = RestoreReport::new(
         names::exact(&args.file),
@@ -138,8 +152,24 @@ pub(crate) fn restore(
         &restored.failures(),
         touched.as_ref().map(|(touched, took)| (touched, *took)),
     );
-    report.trace = trace.map(TraceWriter::finish).transpose()?;
+    match trace.map(TraceWriter::finish).transpose() {
+        Ok(trace) => report.trace = trace,
+        Err(error) => unwritten.push(error),
+    }
+    report.unwritten = unwritten;
     Ok(report)
+}
+
+/// Refuses to write to standard output, which the report goes to.
+fn refuse_stdout(args: &args::Restore) -> Result<()> {
+    let files = [("--record", &args.record), ("--run-json", &args.run_json)];
+    for (option, file) in files {
+        if file.as_deref().is_some_and(target::is_stdout) {
+            let text = format!("{option} -: the report goes to standard output; name a file");
+            return Err(Refusal::Usage(text).into());
+        }
+    }
+    Ok(())
 }
 
 /// Reports damage of the working sets. The one that was selected must be good; without the others,
@@ -178,6 +208,12 @@ fn refuse_run_json(path: &Path, args: &args::Restore, snapshot: &Snapshot) -> Re
     }
     layers::refuse_ancestor(path, snapshot)?;
     layers::refuse_needed(path, &args.layers)
+}
+
+/// Reads a list of pages to touch, which may come from a pipe.
+fn listed(path: &Path, pages: &Pages, cancel: &Cancel) -> Result<Order> {
+    let (path, pages) = (path.to_owned(), pages.clone());
+    cancel.unless_stopped(move || Order::listed(&path, &pages))?
 }
 
 /// Opens the file to compare with, which must be as long as the memory.

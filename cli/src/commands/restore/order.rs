@@ -1,11 +1,18 @@
 //! Orders in which pages are touched.
 
+use std::fs::File;
+use std::io::{BufRead as _, BufReader, Read as _};
 use std::path::Path;
 
 use anyhow::{Context as _, Result, bail};
 
 use super::touch::Pages;
 use crate::names;
+
+/// Maximum length of a line of a list of pages.
+const MAX_LINE_BYTES: u64 = 4096;
+/// Maximum number of lines of a list of pages: 256 GiB have as many pages.
+const MAX_LINES: u64 = 1 << 26;
 
 /// An order of pages.
 #[derive(Debug)]
@@ -41,9 +48,24 @@ impl Order {
     /// ignored.
     pub(super) fn listed(path: &Path, pages: &Pages) -> Result<Self> {
         let named = || names::path(path);
-        let text = std::fs::read_to_string(path).with_context(named)?;
-        let mut listed = Vec::new();
-        for (line, text) in (1..).zip(text.lines()) {
+        let mut file = BufReader::new(File::open(path).with_context(named)?);
+        let (mut listed, mut bytes) = (Vec::new(), Vec::new());
+        for line in 1.. {
+            bytes.clear();
+            let read = (&mut file)
+                .take(MAX_LINE_BYTES + 1)
+                .read_until(b'\n', &mut bytes);
+            if read.with_context(named)? == 0 {
+                break;
+            }
+            if bytes.len() as u64 > MAX_LINE_BYTES || line > MAX_LINES {
+                bail!(
+                    "{}, line {line}: this is no list of pages, which has at most {MAX_LINES} lines \
+                     of at most {MAX_LINE_BYTES} bytes",
+                    named()
+                );
+            }
+            let text = String::from_utf8_lossy(&bytes);
             let text = text.trim();
             if text.is_empty() || text.starts_with('#') {
                 continue;

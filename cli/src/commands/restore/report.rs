@@ -5,7 +5,7 @@ use std::fmt;
 use std::time::Duration;
 
 use indicatif::{BinaryBytes, HumanCount};
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use snaprestore_engine::stats::{Durations, Stats, whole_micros, whole_millis};
 use snaprestore_engine::{Failure, FailureKind};
 use snapshot_format::{Page, ReadError, Reason, Snapshot};
@@ -51,6 +51,9 @@ pub(crate) struct RestoreReport {
     /// The trace that was recorded.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) trace: Option<RecordingReport>,
+    /// Why the trace or the statistics could not be written.
+    #[serde(serialize_with = "texts", skip_serializing_if = "Vec::is_empty")]
+    pub(super) unwritten: Vec<anyhow::Error>,
 }
 
 /// A place in the file that could not be used, and the pages affected by it.
@@ -110,6 +113,7 @@ impl RestoreReport {
             mismatched: found.mismatched.clone(),
             failures: bad,
             trace: None,
+            unwritten: Vec::new(),
         }
     }
 
@@ -144,6 +148,11 @@ impl RestoreReport {
             Exit::Done
         }
     }
+}
+
+#[expect(clippy::ptr_arg, reason = "serde passes a reference to the field")]
+fn texts<S: Serializer>(errors: &Vec<anyhow::Error>, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(errors.iter().map(|error| format!("{error:#}")))
 }
 
 /// Groups the pages that could not be restored by the place that is to blame.

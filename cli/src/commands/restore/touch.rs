@@ -26,7 +26,7 @@ const PAGES_PER_BATCH: u64 = 64;
 const MAX_LISTED: usize = 16;
 
 /// The pages of all regions, numbered consecutively without the gaps between regions.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Pages {
     /// The first consecutive number and the first page number of each region.
     regions: Vec<(u64, u64)>,

@@ -25,6 +25,8 @@ mod plan;
 use anyhow::{Context as _, Result, anyhow, bail};
 use object::elf;
 
+use snapshot_format::layout::PAGES_PER_BLOCK_U64;
+
 use super::extents::Extents;
 use super::file::SourceFile;
 use super::{CHUNK, PAGE, Region, Remark, Samples, Sampling, Sink, Source};
@@ -93,6 +95,20 @@ impl ElfCore {
             cancel: cancel.clone(),
         })
     }
+
+    /// Returns the segments in order, each with whether it begins a region. In a process's core,
+    /// the pieces of one segment form one region. In a machine's core, all adjacent memory does,
+    /// because QEMU splits it by the mappings at the time of the dump.
+    fn in_regions(&self) -> impl Iterator<Item = (&Segment, bool)> {
+        let before = std::iter::once(None).chain(self.segments.iter().map(Some));
+        self.segments.iter().zip(before).map(|(segment, before)| {
+            let goes_on = before.is_some_and(|last| {
+                last.end() == segment.start
+                    && (self.kind.is_physical() || last.number == segment.number)
+            });
+            (segment, !goes_on)
+        })
+    }
 }
 
 /// Checks that memory held by two segments is the same in both.
@@ -145,6 +161,17 @@ impl Source for ElfCore {
         Some(self.segments.iter().map(|segment| segment.pages).sum())
     }
 
+    fn page_slots(&self) -> Option<u64> {
+        let (mut slots, mut region) = (0_u64, 0_u64);
+        for (segment, begins_region) in self.in_regions() {
+            if begins_region {
+                slots += std::mem::take(&mut region).next_multiple_of(PAGES_PER_BLOCK_U64);
+            }
+            region += segment.pages;
+        }
+        Some(slots + region.next_multiple_of(PAGES_PER_BLOCK_U64))
+    }
+
     fn sample(&mut self, wanted: &Sampling) -> Result<Samples> {
         // Pages put together from pieces are too few to matter.
         let known = || {
@@ -181,16 +208,8 @@ impl Source for ElfCore {
     }
 
     fn feed(&mut self, sink: &mut dyn Sink) -> Result<()> {
-        // In a process's core, the pieces of one segment form one region. In a machine's core, all
-        // adjacent memory does, because QEMU splits it by the mappings at the time of the dump.
-        let mut last: Option<&Segment> = None;
-        for segment in &self.segments {
-            let goes_on = last.is_some_and(|last| {
-                last.end() == segment.start
-                    && (self.kind.is_physical() || last.number == segment.number)
-            });
-            last = Some(segment);
-            if !goes_on {
+        for (segment, begins_region) in self.in_regions() {
+            if begins_region {
                 sink.region(&Region {
                     start: segment.start,
                     flags: segment.flags,
