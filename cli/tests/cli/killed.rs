@@ -158,9 +158,12 @@ fn check(folder: &Folder, expected: &Expected<'_>) {
         let mut command = command(expected.args);
         command.current_dir(folder.path());
         command.stdout(Stdio::null()).stderr(Stdio::null());
-        let code = run_in_steps(command, |seen| match seen == step {
-            true => Next::Kill,
-            false => Next::Continue,
+        let code = run_in_steps(command, |seen| {
+            if seen == step {
+                Next::Kill
+            } else {
+                Next::Continue
+            }
         });
         let place = format!("{:?} at step {step}", expected.args);
         for name in folder.names() {
