@@ -121,3 +121,53 @@ fn write_trace(memfd: &File, path: &Path) -> Result<String, WriteTraceError> {
         trace.end
     ))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use snapshot_format::trace::TraceEnd;
+
+    use super::*;
+
+    #[test]
+    fn only_valid_traces_are_written_and_replace_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("1.trace");
+        let write = |bytes: &[u8]| {
+            let file = tempfile::tempfile().unwrap();
+            file.write_all_at(bytes, 0).unwrap();
+            write_trace(&file, &path)
+        };
+        let trace = Trace {
+            content_digest: [7; 32],
+            page_slots: 512,
+            begun: SystemTime::UNIX_EPOCH,
+            present_at_start: 0,
+            end: TraceEnd::Settled,
+            touches: Vec::new(),
+        };
+        let bytes = trace.to_bytes();
+        for bad in [&bytes[..bytes.len() - 1], b"", b"noise"] {
+            assert!(matches!(write(bad), Err(WriteTraceError::Invalid(_))));
+        }
+        // A length that no trace of the worker has is refused before it is read.
+        let sparse = tempfile::tempfile().unwrap();
+        let most = MAX_HEADER_BYTES + RecordingOptions::MAX_PAGES * TOUCH_BYTES;
+        sparse.set_len(most + 1).unwrap();
+        let refused = write_trace(&sparse, &path);
+        assert!(matches!(refused, Err(WriteTraceError::Read(_))));
+        assert!(!path.exists());
+
+        let told = write(&bytes).unwrap();
+        assert!(told.starts_with("recorded 0 touches to "), "{told}");
+        assert_eq!(Trace::read_path(&path).unwrap(), trace);
+        let other = Trace {
+            page_slots: 1024,
+            ..trace.clone()
+        };
+        let refused = write(&other.to_bytes());
+        assert!(matches!(refused, Err(WriteTraceError::Write(_))));
+        assert_eq!(Trace::read_path(&path).unwrap(), trace);
+    }
+}
