@@ -9,7 +9,10 @@ use std::sync::Arc;
 use common::{BLOCKS, CC, Content, DICTIONARY, REGIONS, Sample, content, page_bytes};
 use counting::Counting;
 use snapshot_format::layout::{PAGE_SIZE, TAIL_BYTES};
-use snapshot_format::{FrameDecoder, ListedRun, Page, ReadError, Reason, Snapshot, Top};
+use snapshot_format::{
+    FrameDecoder, FrameRef, ListedRun, Page, ReadError, Reason, RegionSpec, Snapshot, Top, Writer,
+    WriterOptions,
+};
 
 /// Returns the bytes of a page as a reader gets them; none if the page has none.
 fn read_page(snapshot: &Snapshot, decoder: &mut FrameDecoder, page: u64) -> Option<Vec<u8>> {
@@ -245,4 +248,88 @@ fn index_cache_has_a_bound_and_look_ups_work_without_it() {
         );
     }
     assert_eq!(store.take(Reason::Demand).0, 10);
+}
+
+/// Returns 64 pages that do not compress.
+fn noise(seed: u64) -> Vec<u8> {
+    let mut state = seed;
+    let mut next = || {
+        state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+        u32::try_from(state >> 32).expect("it has 32 bits")
+    };
+    let words = (0..64 * PAGE_SIZE / 4).flat_map(|_| next().to_le_bytes());
+    words.collect()
+}
+
+/// Packs memory into eight frames.
+fn packed(memory: &[u8]) -> (Snapshot, Arc<Counting>, Vec<FrameRef>) {
+    let options = WriterOptions {
+        frame_pages: 8,
+        ..WriterOptions::default()
+    };
+    let mut writer = Writer::new(Vec::new(), options).expect("cannot begin");
+    let region = RegionSpec::default();
+    writer.begin_region(&region).expect("cannot begin");
+    writer.write_pages(memory).expect("cannot write");
+    let (file, _) = writer.finish().expect("cannot finish");
+    let store = Arc::new(Counting::new(file));
+    let snapshot = Snapshot::open(store.clone()).expect("cannot open the snapshot");
+    let frame = |page| match snapshot.look_up(page, Reason::Open) {
+        Ok(Page::Stored { frame, .. }) => frame,
+        other => panic!("page {page} is {other:?}"),
+    };
+    let frames = (0..64).step_by(8).map(frame).collect();
+    (snapshot, store, frames)
+}
+
+/// Only for prefetch, for the file that they were read from, and until another record takes their
+/// place.
+#[test]
+fn records_read_ahead_are_decoded_without_another_read() {
+    let (memory, other_memory) = (noise(1), noise(2));
+    let (snapshot, reads, frames) = packed(&memory);
+    let (other, other_reads, other_frames) = packed(&other_memory);
+    let decode = |decoder: &mut FrameDecoder, number: usize, reason| {
+        let mut out = vec![0; frames[number].decoded_len()];
+        let decoded = decoder.decode(&snapshot, &frames[number], reason, &mut out);
+        decoded.unwrap_or_else(|error| panic!("frame {number}: {error}"));
+        assert!(out == memory[number * out.len()..][..out.len()], "{number}");
+        reads.take(reason).0
+    };
+    let mut decoder = FrameDecoder::new();
+    let ahead = |decoder: &mut FrameDecoder| {
+        let read = decoder.read_ahead(&snapshot, &frames[2], &frames[5]);
+        read.expect("cannot read ahead");
+        assert_eq!(reads.take(Reason::Prefetch).0, 1);
+        let is_ahead = |frame: &&FrameRef| decoder.is_ahead(&snapshot, frame);
+        assert_eq!(frames.iter().filter(is_ahead).count(), 4);
+    };
+    ahead(&mut decoder);
+    for number in [2, 5, 3, 4, 2] {
+        assert_eq!(
+            decode(&mut decoder, number, Reason::Prefetch),
+            0,
+            "{number}"
+        );
+    }
+    // The frames before and behind are read alone, and then nothing is there any more.
+    for number in [1, 6] {
+        ahead(&mut decoder);
+        assert_eq!(decode(&mut decoder, number, Reason::Prefetch), 1);
+        assert_eq!(decode(&mut decoder, 4, Reason::Prefetch), 1);
+    }
+    // The file may have been repaired since.
+    ahead(&mut decoder);
+    assert_eq!(decode(&mut decoder, 4, Reason::Demand), 1);
+    assert_eq!(decode(&mut decoder, 3, Reason::Prefetch), 1);
+    // Another file has other bytes at the same place.
+    ahead(&mut decoder);
+    let frame = &other_frames[3];
+    assert_eq!(frame.offset(), frames[3].offset());
+    assert!(!decoder.is_ahead(&other, frame));
+    let mut out = vec![0; frame.decoded_len()];
+    let decoded = decoder.decode(&other, frame, Reason::Prefetch, &mut out);
+    decoded.expect("cannot decode");
+    assert!(out == other_memory[3 * out.len()..][..out.len()]);
+    assert_eq!(other_reads.take(Reason::Prefetch).0, 1);
 }

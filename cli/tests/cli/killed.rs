@@ -47,13 +47,13 @@ const STEPS: &[i64] = &[
 fn trace(command: &mut Command) {
     // SAFETY: between fork and exec, the closure makes one system call and touches no memory.
     unsafe { command.pre_exec(|| Ok(ptrace::traceme()?)) };
-    command.stdout(Stdio::null()).stderr(Stdio::null());
 }
 
 /// Returns whether this process may trace its children; reports if not.
-fn can_trace(test: &str) -> bool {
+pub(crate) fn can_trace(test: &str) -> bool {
     let mut command = command(["--version"]);
     trace(&mut command);
+    command.stdout(Stdio::null());
     match command.spawn() {
         Ok(mut child) => {
             child.kill().unwrap();
@@ -67,13 +67,23 @@ fn can_trace(test: &str) -> bool {
     }
 }
 
-/// Runs a command and kills it before step number `step`, counted from 0. Returns its exit code if
-/// it has fewer steps.
+/// A decision about a command that is about to make a step.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Next {
+    Continue,
+    Kill,
+}
+
+/// Runs a command that stops before each of its steps, to call `before` with the number of the
+/// step, counted from 0. Returns its exit code, or `None` if it was killed.
 #[expect(
     clippy::zombie_processes,
     reason = "waited for by its number, as a tracer does"
 )]
-fn run_until(mut command: Command, step: usize) -> Option<i32> {
+pub(crate) fn run_in_steps(
+    mut command: Command,
+    mut before: impl FnMut(usize) -> Next,
+) -> Option<i32> {
     trace(&mut command);
     let child = command.spawn().unwrap();
     let pid = Pid::from_raw(child.id().cast_signed());
@@ -95,7 +105,7 @@ fn run_until(mut command: Command, step: usize) -> Option<i32> {
             }
             WaitStatus::PtraceSyscall(thread) => {
                 if is_step(thread) {
-                    if seen == step {
+                    if before(seen) == Next::Kill {
                         kill(pid, Signal::SIGKILL).unwrap();
                         continue;
                     }
@@ -147,7 +157,14 @@ fn check(folder: &Folder, expected: &Expected<'_>) {
     for step in 0.. {
         let mut command = command(expected.args);
         command.current_dir(folder.path());
-        let code = run_until(command, step);
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        let code = run_in_steps(command, |seen| {
+            if seen == step {
+                Next::Kill
+            } else {
+                Next::Continue
+            }
+        });
         let place = format!("{:?} at step {step}", expected.args);
         for name in folder.names() {
             let known = names.iter().position(|known| *known == name);

@@ -7,6 +7,7 @@
 mod bench;
 mod chains;
 mod common;
+mod concurrent;
 mod create;
 mod ctl;
 mod damage;

@@ -454,4 +454,15 @@ fn map_of_info_is_plain_text_in_a_pipe() {
     create(&folder, "diff", "base.snap", "1.snap", &[]);
     let text = run(&folder, &["info", "1.snap", "--map"]).exits(0).text();
     assert!(text.contains("% in ancestors"), "{text}");
+
+    // A long legend takes two lines.
+    write_trace(&folder, "1.snap", "t", 5..30);
+    let optimize = ["optimize", "1.snap", "--trace", "t", "-o", "1.snap"];
+    run(&folder, &optimize).exits(0);
+    let text = run(&folder, &["info", "1.snap", "--map"]).exits(0).text();
+    let (_, map) = text.split_once("\nmap ").expect("a map");
+    for kind in ["% in ancestors", "@ working set", "+ a part of it"] {
+        assert!(map.contains(kind), "{map}");
+    }
+    assert!(map.lines().all(|line| line.len() <= 80), "{map}");
 }

@@ -528,6 +528,19 @@ fn touched_pages_are_recorded_to_a_new_file() {
     let again = restore(&folder, &[&options[..], &["off"]].concat());
     again.exits(1).says(&["t exists already"]);
     assert_eq!(std::fs::read(folder.file("t")).unwrap(), text);
+    // The recording ends with the last touch, and prefetch continues.
+    let args = ["--touch", "file:order", "--record", "t2", "--prefetch"];
+    let report = restore(&folder, &[&args[..], &["all"]].concat())
+        .exits(0)
+        .json();
+    assert_eq!(report["trace"]["end"], "stopped", "{report}");
+    // A command that fails afterwards has written its trace.
+    let args = ["--touch", "file:order", "--record", "t3", "--run-json"];
+    restore(&folder, &[&args[..], &["missing/run"]].concat())
+        .exits(1)
+        .says(&["the folder missing does not exist"]);
+    let recorded = Trace::read_path(folder.file("t3")).unwrap();
+    assert_eq!(recorded.pages(), [7, 2000, 8]);
     // All pages are touched before prefetch gets its turn.
     let args = ["restore", "s", "--touch", "random", "--record", "all"];
     run(&folder, &args).exits(0);

@@ -129,4 +129,33 @@ mod tests {
         throttle.set_paused(PausedBy::Caller, false, 0);
         assert_eq!(throttle.availability(|| 0), None);
     }
+
+    #[test]
+    fn pause_of_one_party_outlasts_that_of_another() {
+        let throttle = Throttle::new(None);
+        let (caller, recording) = (PausedBy::Caller, PausedBy::Recording);
+        for (first, second) in [(caller, recording), (recording, caller)] {
+            throttle.set_paused(first, true, 0);
+            throttle.set_paused(second, true, 0);
+            throttle.set_paused(first, false, 0);
+            assert_eq!(throttle.availability(|| 0), Some(Availability::Paused));
+            throttle.set_paused(second, false, 0);
+            assert_eq!(throttle.availability(|| 0), None);
+        }
+    }
+
+    #[test]
+    fn bandwidth_counts_time_and_bytes_since_the_last_change() {
+        let throttle = Throttle::new(Some(2));
+        std::thread::sleep(Duration::from_millis(2));
+        let before = Instant::now();
+        throttle.set_paused(PausedBy::Caller, true, 5000);
+        throttle.set_paused(PausedBy::Caller, false, 5000);
+        let after = Instant::now();
+        let Some(Availability::Until(due)) = throttle.availability(|| 7000) else {
+            panic!("not limited");
+        };
+        let time = Duration::from_secs(1000);
+        assert!((before + time..=after + time).contains(&due));
+    }
 }

@@ -50,7 +50,7 @@ pub struct RecordingOptions {
     pub max_pages: Option<u64>,
     /// The time from the first touch on after which a recording ends as soon as it has settled:
     /// when at most one twentieth of its touches came in the second half of its time. `None` never
-    /// settles. Default: 1 s.
+    /// settles. Default: 3 s, so that an owner may pause for two seconds.
     pub settled_after: Option<Duration>,
 }
 
@@ -72,7 +72,7 @@ impl Default for RecordingOptions {
         Self {
             max_time: Duration::from_secs(10),
             max_pages: None,
-            settled_after: Some(Duration::from_secs(1)),
+            settled_after: Some(Duration::from_secs(3)),
         }
     }
 }
@@ -347,5 +347,94 @@ impl<P: Platform, I: Image> Session<P, I> {
     /// Returns the number of pages installed so far.
     fn installed(&self) -> u64 {
         self.stats.demand.load().total() + self.stats.prefetch.load().total()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Returns when a recording with touches at these times, in milliseconds, is due, counted from
+    /// its begin in milliseconds, and why.
+    fn due(options: RecordingOptions, touches: impl IntoIterator<Item = u64>) -> (u128, TraceEnd) {
+        let touch = |(page, at)| Touch {
+            page,
+            at: Duration::from_millis(at),
+            reason: TouchReason::Demand,
+        };
+        let record = Record {
+            options,
+            begun: Instant::now(),
+            begun_at: SystemTime::now(),
+            found: Mutex::new(Found {
+                touches: (0..).zip(touches).map(touch).collect(),
+                ..Found::default()
+            }),
+            ended: Condvar::new(),
+        };
+        let (due, end) = record.due(&record.found());
+        ((due - record.begun).as_millis(), end)
+    }
+
+    #[test]
+    fn recording_settles_once_second_half_has_a_twentieth() {
+        let options = RecordingOptions::default();
+        // From 5 s on, 19 touches in 2 s: the next one may come in the second half.
+        let early = || (0..19).map(|n| 5000 + n * 2000 / 18);
+        assert_eq!(due(options, early()), (9000, TraceEnd::Settled));
+        let one_late = early().chain([8900]);
+        assert_eq!(due(options, one_late), (9000, TraceEnd::Settled));
+        // With two, the first of them must lie in the first half.
+        let two_late = early().chain([8000, 8900]);
+        assert_eq!(due(options, two_late), (11000, TraceEnd::Settled));
+        // Of 40 touches, two may be late.
+        let long = (0..38).map(|n| 5000 + n * 2000 / 37).chain([8000, 8900]);
+        assert_eq!(due(options, long), (9000, TraceEnd::Settled));
+    }
+
+    #[test]
+    fn recording_settles_after_its_minimum_time_at_the_earliest() {
+        let options = RecordingOptions::default();
+        assert_eq!(due(options, [5000]), (8000, TraceEnd::Settled));
+        assert_eq!(due(options, 300..340), (3300, TraceEnd::Settled));
+    }
+
+    /// With less than three seconds, the second half would be lost.
+    #[test]
+    fn pause_of_two_seconds_does_not_settle_a_recording() {
+        let options = RecordingOptions::default();
+        let touches: Vec<u64> = (0..100).map(|n| n * 5 + n / 50 * 2000).collect();
+        let (before, all) = (touches[..50].to_vec(), touches.clone());
+        assert_eq!(due(options, before), (3000, TraceEnd::Settled));
+        assert!(touches[50] < 3000);
+        assert_eq!(due(options, all), (2 * 2470, TraceEnd::Settled));
+    }
+
+    #[test]
+    fn time_limit_counts_from_the_first_touch() {
+        let unsettled = RecordingOptions {
+            settled_after: None,
+            ..RecordingOptions::default()
+        };
+        assert_eq!(due(unsettled, [5000, 5001]), (15000, TraceEnd::TimeLimit));
+        // It comes before the rate can settle.
+        let options = RecordingOptions::default();
+        let slow = || (0..20).map(|n| 5000 + n * 300);
+        assert_eq!(due(options, slow()), (15000, TraceEnd::TimeLimit));
+        let none = due(options, []).0;
+        assert_eq!(none, FAR_FUTURE.as_millis());
+    }
+
+    #[test]
+    fn page_limit_is_a_quarter_of_the_pages_by_default() {
+        let options = RecordingOptions::default();
+        for (pages, limit) in [(0, 1), (4096, 1024), (1 << 30, 1 << 18)] {
+            assert_eq!(options.limit(pages), limit, "{pages} pages");
+        }
+        let most = RecordingOptions {
+            max_pages: Some(u64::MAX),
+            ..options
+        };
+        assert_eq!(most.limit(4096), MAX_TRACE_TOUCHES);
     }
 }

@@ -1,17 +1,20 @@
 //! Recordings of first touches.
 
 use std::collections::BTreeSet;
+use std::sync::mpsc;
 use std::time::Duration;
 
 use snaprestore_engine::restore::{Restore, Restored, StopMode};
 use snaprestore_engine::{Prefetch, RecordError, RecordingOptions};
 use snaprestore_fixtures::images::Mix;
+use snapshot_format::Reason;
 use snapshot_format::trace::{TouchReason, Trace, TraceEnd};
 
 use crate::common::{
-    HANG_TIMEOUT, PAGE, address, compare, damaged, frame_of, open, pack, peek, random_bytes,
-    wait_until, within,
+    Gate, HANG_TIMEOUT, PAGE, address, compare, damaged, frame_of, open, open_hooked, pack, peek,
+    random_bytes, wait_until, within,
 };
+use crate::waits::sleeps;
 
 const PAGES: u64 = 1024;
 const FRAME: usize = 16;
@@ -281,4 +284,113 @@ fn completing_a_restore_ends_its_recording() {
     drop(restored);
     let trace = recording.stop();
     assert_eq!((trace.end, trace.pages()), (TraceEnd::Stopped, vec![9, 2]));
+}
+
+#[test]
+fn dropping_a_restore_ends_its_recording() {
+    let bytes = random_bytes(PAGES, 50);
+    let restored = Restore::new(open(pack(&bytes, FRAME)))
+        .record(UNLIMITED)
+        .start()
+        .unwrap();
+    compare(&restored, &bytes, [9, 2]);
+    let recording = restored.recording().unwrap();
+    assert!(!recording.wait(Duration::ZERO));
+    drop(restored);
+    assert!(!recording.is_running() && recording.wait(Duration::ZERO));
+    let trace = recording.stop();
+    assert_eq!((trace.end, trace.pages()), (TraceEnd::Stopped, vec![9, 2]));
+}
+
+/// A thread keeps a few frames in any case, so each of many is wanted again after all others.
+#[test]
+fn frames_are_not_kept_after_the_recording() {
+    let bytes = random_bytes(PAGES, 51);
+    let restored = Restore::new(open(pack(&bytes, FRAME)))
+        .fault_threads(1)
+        .record(UNLIMITED)
+        .start()
+        .unwrap();
+    let firsts = (0..PAGES).step_by(FRAME);
+    compare(&restored, &bytes, firsts.clone());
+    let decoded = PAGES * PAGE as u64;
+    assert_eq!(restored.stats().bytes_decoded, decoded);
+    stop(&restored);
+    compare(&restored, &bytes, firsts.map(|page| page + 1));
+    wait_until("it is complete", || restored.is_complete());
+    assert_eq!(restored.stats().bytes_decoded, 2 * decoded);
+}
+
+/// A prefetch that had begun before the recording installs a page while its fault waits to be
+/// served.
+#[test]
+fn touch_of_page_that_prefetch_installs_meanwhile_is_recorded() {
+    const FIRST: u64 = 900;
+    const DEMANDED: u64 = 500;
+    const PREFETCHED: u64 = 100;
+    let bytes = random_bytes(PAGES, 52);
+    let file = pack(&bytes, FRAME);
+    let good = open(file.clone());
+    let frames = [FIRST, DEMANDED, PREFETCHED].map(|page| frame_of(&good, page).offset());
+    let gates: [Gate; 3] = Default::default();
+    let held = gates.clone();
+    let snapshot = open_hooked(file, move |_, offset, reason| {
+        let gate = frames.iter().position(|frame| *frame == offset);
+        if let Some(gate) = gate.filter(|_| reason != Reason::Open) {
+            held[gate].pass();
+        }
+        Ok(())
+    });
+    let restored = Restore::new(snapshot)
+        .fault_threads(1)
+        .prefetch(Prefetch::Pages(
+            [PREFETCHED].map(|page| page..page + 1).into(),
+        ))
+        .prefetch_threads(1)
+        .start()
+        .unwrap();
+    let _openers = gates.each_ref().map(Gate::opener);
+    wait_until("prefetch reads", || gates[2].waiting() == 1);
+    let recording = restored.record(UNLIMITED).unwrap();
+    std::thread::scope(|scope| {
+        // In this order, and the thread that serves faults reads the last two together.
+        for (page, gate) in [(FIRST, Some(0)), (DEMANDED, None), (PREFETCHED, None)] {
+            let (say, said) = mpsc::channel();
+            let (restored, bytes) = (&restored, &bytes);
+            scope.spawn(move || {
+                // SAFETY: the call has no arguments.
+                say.send(unsafe { libc::gettid() }).unwrap();
+                compare(restored, bytes, [page]);
+            });
+            let thread = said.recv().unwrap();
+            match gate {
+                Some(gate) => wait_until("its frame is read", || gates[gate].waiting() == 1),
+                None => wait_until("it waits for its page", || sleeps(thread)),
+            }
+        }
+        gates[0].open();
+        wait_until("the second frame is read", || gates[1].waiting() == 1);
+        gates[2].open();
+        wait_until("prefetch installs its frame", || {
+            restored.stats().prefetch.total() == FRAME as u64
+        });
+        gates[1].open();
+    });
+    // The last fault is counted after its touch was recorded.
+    wait_until("all faults are served", || {
+        let stats = restored.stats();
+        (stats.fault_time.count, stats.demand.total()) == (3, 2)
+    });
+    let trace = recording.stop();
+    let seen = trace.touches.iter().map(|touch| (touch.page, touch.reason));
+    assert_eq!(
+        seen.collect::<Vec<_>>(),
+        [
+            (FIRST, TouchReason::Demand),
+            (DEMANDED, TouchReason::Demand),
+            (PREFETCHED, TouchReason::Present)
+        ]
+    );
+    // Its neighbours were installed unseen.
+    assert_eq!(trace.present_at_start, FRAME as u64);
 }

@@ -15,7 +15,7 @@ use crate::common::{
 };
 
 /// Returns whether a thread of this process sleeps.
-fn sleeps(thread: i32) -> bool {
+pub(crate) fn sleeps(thread: i32) -> bool {
     let stat = fs::read_to_string(format!("/proc/self/task/{thread}/stat")).unwrap();
     let state = stat.rsplit(") ").next().unwrap();
     state.starts_with(['S', 'D'])

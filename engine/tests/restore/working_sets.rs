@@ -1,6 +1,7 @@
 //! Working sets that a restore prefetches.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 
 use snaprestore_engine::Prefetch;
@@ -8,7 +9,8 @@ use snaprestore_engine::restore::{Restore, StartError};
 use snaprestore_fixtures::host::skipped;
 use snaprestore_uffd::memory::Pagemap;
 use snapshot_format::{
-    ReadError, Reason, RegionSpec, Snapshot, WorkingSetRun, Writer, WriterOptions,
+    OptimizeOptions, ReadError, Reason, RegionSpec, Snapshot, WorkingSetRun, Writer, WriterOptions,
+    optimize,
 };
 
 use crate::common::{
@@ -131,6 +133,143 @@ fn replay_reads_many_frames_at_once_and_demand_does_not_wait() {
     assert!(reads.len() <= 20, "{reads:?}");
     let total: u64 = reads.iter().map(|(_, len)| len).sum();
     assert!(total <= (SET.1 + 64) * 4096 * 105 / 100, "{total}");
+}
+
+/// Frames that lie apart are read one by one, in order of the set, each under a claim. Demand for
+/// such a frame is served nevertheless, and the replay then leaves its pages as they are.
+#[test]
+fn demand_for_a_frame_that_replay_loads_does_not_wait() {
+    const SET: [(u64, u64); 3] = [(2403, 1), (803, 1), (831, 1)];
+    let bytes = random_bytes(PAGES, 46);
+    let gate = Gate::default();
+    let reads = Arc::new(Mutex::new(Vec::new()));
+    let (held, noted) = (gate.clone(), Arc::clone(&reads));
+    let file = file_with_sets(&bytes, &[("boot", &SET)]);
+    let good = open(file.clone());
+    let frames = SET.map(|(page, _)| frame_of(&good, page));
+    let snapshot = open_hooked(file, move |buffer, offset, reason| {
+        if reason == Reason::Prefetch && frames.iter().any(|frame| frame.offset() == offset) {
+            noted.lock().unwrap().push((offset, buffer.len()));
+            held.pass();
+        }
+        Ok(())
+    });
+    let restored = Restore::new(snapshot)
+        .fault_threads(1)
+        .prefetch(Prefetch::WorkingSet)
+        .prefetch_threads(1)
+        .start()
+        .unwrap();
+    let opener = gate.opener();
+    wait_until("the read of a frame blocks", || gate.waiting() == 1);
+    let records = frames.map(|frame| (frame.offset(), frame.stored_len() as usize));
+    assert_eq!(*reads.lock().unwrap(), records[..1]);
+    let pages = pages_of_frame(&good, records[0].0);
+    let addresses: Vec<_> = pages.iter().map(|page| address(&restored, *page)).collect();
+    within("demand is served", move || {
+        for address in addresses {
+            peek(address);
+        }
+    });
+    assert_eq!(gate.waiting(), 1, "the read still blocks");
+    drop(opener);
+    assert!(!restored.wait_complete());
+    assert_eq!(*reads.lock().unwrap(), records);
+    let loaded = records[1..].iter();
+    let loaded: Vec<u64> = loaded
+        .flat_map(|(frame, _)| pages_of_frame(&good, *frame))
+        .collect();
+    assert_eq!(restored.stats().prefetch.total(), loaded.len() as u64);
+    compare(&restored, &bytes, pages.into_iter().chain(loaded));
+}
+
+/// Prefetch that stops in the middle of a task continues with the rest of it.
+#[test]
+fn paused_replay_continues_with_every_page_of_the_set() {
+    let bytes = random_bytes(PAGES, 48);
+    let runs: Vec<(u64, u64)> = (0..64).map(|n| (n * 64 + 3, 1)).collect();
+    let gate = Gate::default();
+    let held = gate.clone();
+    let snapshot = open_hooked(
+        file_with_sets(&bytes, &[("boot", &runs[..])]),
+        move |buffer, _, reason| {
+            if reason == Reason::Prefetch && buffer.len() > 4 * PAGE {
+                held.pass();
+            }
+            Ok(())
+        },
+    );
+    let restored = Restore::new(Arc::clone(&snapshot))
+        .prefetch(Prefetch::WorkingSet)
+        .prefetch_threads(1)
+        .start()
+        .unwrap();
+    let opener = gate.opener();
+    wait_until("the read of a frame blocks", || gate.waiting() == 1);
+    restored.pause_prefetch();
+    drop(opener);
+    wait_until("its pages are installed", || {
+        restored.stats().prefetch.total() == 8
+    });
+    restored.resume_prefetch();
+    assert!(!restored.wait_complete());
+    let expected = frames_of(&snapshot, &runs);
+    assert_eq!(restored.stats().prefetch.total(), expected.len() as u64);
+    compare(&restored, &bytes, expected);
+}
+
+/// The index blocks of an optimized file are read before its frames, and together.
+#[test]
+fn demand_does_not_wait_for_index_blocks_that_replay_reads() {
+    let bytes = random_bytes(PAGES, 47);
+    let plain = with_sets(&bytes, &[]);
+    let set: Vec<u64> = (0..PAGES).step_by(8).collect();
+    let options = OptimizeOptions::default();
+    let (file, _) = optimize(Vec::new(), &plain, &set, options).unwrap();
+    let gate = Gate::default();
+    let reads = Arc::new(AtomicU64::new(0));
+    let (held, counted) = (gate.clone(), Arc::clone(&reads));
+    let snapshot = open_hooked(file, move |_, _, reason| {
+        if reason == Reason::Prefetch {
+            counted.fetch_add(1, SeqCst);
+            held.pass();
+        }
+        Ok(())
+    });
+    let restored = Restore::new(Arc::clone(&snapshot))
+        .fault_threads(1)
+        .prefetch(Prefetch::WorkingSet)
+        .prefetch_threads(2)
+        .start()
+        .unwrap();
+    let opener = gate.opener();
+    wait_until("a read of the replay blocks", || gate.waiting() > 0);
+    let addresses: Vec<_> = set.iter().map(|page| address(&restored, *page)).collect();
+    within("demand is served", move || {
+        for address in addresses {
+            peek(address);
+        }
+    });
+    // No frame is wanted before the index blocks are there.
+    assert_eq!(gate.waiting(), 1);
+    assert_eq!(restored.stats().prefetch.total(), 0);
+    drop(opener);
+    assert!(!restored.wait_complete());
+    compare(&restored, &bytes, set.iter().copied());
+    drop(restored);
+
+    // 2 MiB of hot frames are read in a few pieces, as if each page were not a run of its own.
+    reads.store(0, SeqCst);
+    let restored = Restore::new(snapshot)
+        .prefetch(Prefetch::WorkingSet)
+        .prefetch_threads(1)
+        .start()
+        .unwrap();
+    assert!(!restored.wait_complete());
+    compare(&restored, &bytes, set);
+    assert_eq!(restored.stats().faults, 0);
+    let reads = reads.load(SeqCst);
+    assert!(reads <= 8, "{reads} reads");
 }
 
 /// Long zero runs are left to the kernel. A prefetch of everything maps them in the end, so that

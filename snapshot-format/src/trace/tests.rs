@@ -227,7 +227,7 @@ fn merged_traces_have_the_pages_of_half_by_median_rank() {
 }
 
 #[test]
-fn merged_trace_has_median_times_and_one_content() {
+fn merged_trace_has_median_times_and_one_memory() {
     let options = MergeOptions::default();
     let mut traces = [trace(&[5, 6]), trace(&[6, 5]), trace(&[7, 8, 5])];
     traces[1].present_at_start = 9;
@@ -238,6 +238,13 @@ fn merged_trace_has_median_times_and_one_content() {
     let text = Trace::merged(&traces, &options).unwrap_err().to_string();
     let (one, other) = (hex(&traces[2].content_digest), hex(&[7; 32]));
     assert!(text.contains(&one) && text.contains(&other), "{text}");
+    traces[2].content_digest = [7; 32];
+    traces[2].page_slots *= 2;
+    let text = Trace::merged(&traces, &options).unwrap_err().to_string();
+    assert!(
+        text.contains("with 2048 page numbers") && text.contains("with 1024"),
+        "{text}"
+    );
     assert!(matches!(
         Trace::merged(&[], &options),
         Err(TraceError::NoTraces)

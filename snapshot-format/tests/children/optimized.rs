@@ -241,12 +241,29 @@ fn other_working_sets_are_kept_and_packed_behind() {
         .collect();
     assert!(frames.is_sorted(), "{frames:?}");
     assert!(frames[2] < frames[3], "each set has frames of its own");
+    let between = frames[3] - frames[0];
+    assert!(
+        (1..=between).contains(&told.hot_bytes),
+        "{}",
+        told.hot_bytes
+    );
     assert_eq!(frames[3], frames[6]);
     // A set of the same name is replaced, and its pages are ordinary ones again.
     let (three, _) = optimized(&two, &[1], named("two"));
     assert_eq!(sets_of(&three), ["two", "one"]);
     assert_eq!(working_set(&three, "two"), [1]);
-    assert!(place(&three.snapshot, 77) > place(&three.snapshot, 10));
+    let frame = |page| place(&three.snapshot, page).expect("stored").1;
+    assert!(frame(77) > frame(10));
+}
+
+/// The last page of a region and the first of the next one have consecutive numbers.
+#[test]
+fn run_of_a_working_set_ends_with_its_region() {
+    let plain = write(&vec![data(0..512), data(512..600)], None, options());
+    let (new, _) = optimized(&plain, &[512, 511], optimize_options());
+    let runs = new.snapshot.working_set("default").expect("a set");
+    let runs: Vec<_> = runs.iter().map(|run| (run.first_page, run.pages)).collect();
+    assert_eq!(runs, [(511, 1), (512, 1)]);
 }
 
 #[test]

@@ -134,20 +134,73 @@ fn write_trace(memfd: &File, name: &VmFileName) -> Result<String, WriteTraceErro
 
 #[cfg(test)]
 mod tests {
+    use std::time::SystemTime;
+
+    use snapshot_format::trace::TraceEnd;
+
     use super::*;
+
+    fn label() -> VmLabel {
+        VmLabel {
+            id: 7,
+            pid: 1,
+            service: "default".into(),
+        }
+    }
+
+    #[test]
+    fn only_valid_traces_are_written_and_replace_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let name = VmFileName::now(folder.path(), &label(), FILE_EXTENSION);
+        let write = |bytes: &[u8]| {
+            let file = tempfile::tempfile().unwrap();
+            file.write_all_at(bytes, 0).unwrap();
+            write_trace(&file, &name)
+        };
+        let written = || -> Vec<Trace> {
+            let files = std::fs::read_dir(folder.path()).unwrap();
+            let paths = files.map(|file| file.unwrap().path());
+            paths.map(|path| Trace::read_path(path).unwrap()).collect()
+        };
+        let trace = Trace {
+            content_digest: [7; 32],
+            page_slots: 512,
+            begun: SystemTime::UNIX_EPOCH,
+            present_at_start: 0,
+            end: TraceEnd::Settled,
+            touches: Vec::new(),
+        };
+        let bytes = trace.to_bytes().unwrap();
+        for bad in [&bytes[..bytes.len() - 1], b"", b"noise"] {
+            assert!(matches!(write(bad), Err(WriteTraceError::Invalid(_))));
+        }
+        // A length that no trace of the worker has is refused before it is read.
+        let sparse = tempfile::tempfile().unwrap();
+        sparse.set_len(MAX_TRACE_BYTES + 1).unwrap();
+        let refused = write_trace(&sparse, &name);
+        assert!(matches!(refused, Err(WriteTraceError::Read(_))));
+        assert!(written().is_empty());
+
+        let told = write(&bytes).unwrap();
+        assert!(told.starts_with("recorded 0 touches to "), "{told}");
+        assert_eq!(written(), std::slice::from_ref(&trace));
+        // A file of that name is not replaced.
+        let other = Trace {
+            page_slots: 1024,
+            ..trace.clone()
+        };
+        write(&other.to_bytes().unwrap()).unwrap();
+        let both = written();
+        assert!(both.contains(&trace) && both.contains(&other) && both.len() == 2);
+    }
 
     /// The trace of a recording for the folder may arrive after an operator has begun, or also
     /// ended, another recording of the VM.
     #[test]
     fn recordings_of_one_vm_may_overlap() {
-        let label = VmLabel {
-            id: 7,
-            pid: 1,
-            service: "default".into(),
-        };
         let mut recordings = Recordings::default();
         for destination in [TraceDestination::Folder, TraceDestination::Operator] {
-            recordings.begin(label.clone(), destination);
+            recordings.begin(label(), destination);
         }
         for destination in [TraceDestination::Operator, TraceDestination::Folder] {
             assert!(recordings.end(7, destination).is_some());

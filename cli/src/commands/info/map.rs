@@ -21,6 +21,9 @@ const MAX_LINES: u64 = 16;
 const MAX_GROUPS: usize = 24;
 /// Columns of the addresses.
 const MARGIN: u64 = 18;
+/// The share of hot pages from which a character shows them: one in this many. Working sets are
+/// spread out, so that half of the pages of a character are rarely hot.
+const PARTLY_HOT: u64 = 16;
 
 /// The characters of a map, each with its meaning.
 struct Alphabet {
@@ -31,6 +34,7 @@ struct Alphabet {
     stored: char,
     unavailable: char,
     hot: char,
+    partly_hot: char,
 }
 
 const UNICODE: Alphabet = Alphabet {
@@ -41,6 +45,7 @@ const UNICODE: Alphabet = Alphabet {
     stored: '\u{2588}',
     unavailable: '\u{d7}',
     hot: '\u{25c6}',
+    partly_hot: '\u{25c7}',
 };
 
 const ASCII: Alphabet = Alphabet {
@@ -51,6 +56,7 @@ const ASCII: Alphabet = Alphabet {
     stored: '#',
     unavailable: 'x',
     hot: '@',
+    partly_hot: '+',
 };
 
 /// A map for people.
@@ -111,11 +117,14 @@ impl Drawing {
 }
 
 impl Alphabet {
-    /// Returns the character for what most pages of a cell are. Half of the pages being hot is
-    /// enough.
+    /// Returns the character for what most pages of a cell are, or for the hot ones if these are
+    /// half of the pages, or a part of them.
     fn of(&self, counts: &Counts) -> char {
         if counts.hot * 2 >= counts.pages() && counts.hot > 0 {
             return self.hot;
+        }
+        if counts.hot * PARTLY_HOT >= counts.pages() && counts.hot > 0 {
+            return self.partly_hot;
         }
         let kinds = [
             (counts.zero, self.zero),
@@ -142,11 +151,18 @@ fn is_utf8() -> bool {
 impl fmt::Display for Drawing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { map, alphabet, .. } = self;
-        let mut legend = String::new();
+        let (mut legend, mut len) = (String::new(), 0);
         let mut add = |character: char, pages: u64, what: &str| {
-            if pages > 0 {
-                let _ = write!(legend, "  {character} {what}");
+            if pages == 0 {
+                return;
             }
+            let needs = 4 + what.len() as u64;
+            if len + needs > self.columns + 2 {
+                let _ = write!(legend, "\n{:>16}", "");
+                len = 0;
+            }
+            let _ = write!(legend, "  {character} {what}");
+            len += needs;
         };
         add(alphabet.zero, map.total.zero, "zero");
         add(alphabet.fill, map.total.fill, "other fill");
@@ -155,6 +171,7 @@ impl fmt::Display for Drawing {
         add(alphabet.ancestor, map.total.ancestor, "in ancestors");
         add(alphabet.unavailable, map.total.unavailable, "unavailable");
         add(alphabet.hot, map.total.hot, "working set");
+        add(alphabet.partly_hot, map.total.hot, "a part of it");
         writeln!(
             f,
             "map         each character is {} ({})",
@@ -174,17 +191,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn character_shows_most_pages_unless_half_are_hot() {
+    fn character_shows_hot_pages_and_otherwise_most() {
         let mut counts = Counts {
-            zero: 3,
-            stored: 5,
+            zero: 30,
+            stored: 50,
             ..Counts::default()
         };
-        assert_eq!(ASCII.of(&counts), '#');
-        counts.hot = 3;
-        assert_eq!(ASCII.of(&counts), '#');
-        counts.hot = 4;
-        assert_eq!(ASCII.of(&counts), '@');
+        for (hot, character) in [(0, '#'), (4, '#'), (5, '+'), (39, '+'), (40, '@')] {
+            counts.hot = hot;
+            assert_eq!(ASCII.of(&counts), character, "{hot}");
+        }
         counts = Counts {
             duplicate: 1,
             ..Counts::default()

@@ -12,8 +12,8 @@ use super::html::{Column, folded_table, text};
 
 const WIDTH: u64 = 4000;
 const HEIGHT: u64 = 2000;
-/// The area of the data.
-const LEFT: u64 = 620;
+/// The area of the data. A label such as "1023.99 MiB" fits to its left.
+const LEFT: u64 = 820;
 const RIGHT: u64 = 3960;
 const TOP: u64 = 60;
 const BOTTOM: u64 = 1760;
@@ -134,17 +134,7 @@ impl Chart<'_> {
         self.axes(out, &(self.shown)(max), "0")?;
         out.write_str("</svg>")?;
         if series.len() > 1 {
-            out.write_str("<ul class=\"legend\">")?;
-            for part in series {
-                write!(
-                    out,
-                    "<li><svg viewBox=\"0 0 20 20\" aria-hidden=\"true\"><rect width=\"20\" \
-                     height=\"20\" class=\"{}\"/></svg>{}</li>",
-                    part.class,
-                    text(part.name)
-                )?;
-            }
-            out.write_str("</ul>")?;
+            legend(out, series.iter().map(|part| (part.class, part.name)))?;
         }
         let names = series.iter().map(|part| Column::Number(part.name));
         let columns: Vec<_> = [Column::Name(label_name)]
@@ -202,13 +192,11 @@ impl Chart<'_> {
         let (columns, rows) = (PLOT_COLUMNS as u64, PLOT_ROWS as u64);
         let max = fields.values().copied().max().unwrap_or(1);
         let mut paths: [String; 3] = Default::default();
+        // Few, some, many: from a twentieth and from a third of the largest number on.
+        let from = [1, max.div_ceil(20), max.div_ceil(3), max + 1];
         for (&(column, row), &points) in fields {
-            // Few, some, many: a third of the largest number, and a twentieth of it.
-            let class = match points {
-                _ if points * 3 >= max => 2,
-                _ if points * 20 >= max => 1,
-                _ => 0,
-            };
+            let class = (1..3).rev().find(|class| points >= from[*class]);
+            let class = class.unwrap_or(0);
             let edge = |column: u64| LEFT + scale(column, columns, RIGHT - LEFT);
             let (x, right) = (edge(column as u64), edge(column as u64 + 1));
             let level = |row: u64| BOTTOM - scale(row, rows, BOTTOM - TOP);
@@ -216,15 +204,25 @@ impl Chart<'_> {
             let (wide, tall) = (right - x, low - y);
             write!(paths[class], "M{x} {y}h{wide}v{tall}h-{wide}z")?;
         }
+        let mut shades = Vec::new();
         for (class, path) in paths
             .iter()
             .enumerate()
             .filter(|(_, path)| !path.is_empty())
         {
             write!(out, "<path class=\"p{class}\" d=\"{path}\"/>")?;
+            let range = match (from[class], from[class + 1] - 1) {
+                (low, high) if low == high => (self.shown)(low),
+                (low, high) => format!("{} to {}", (self.shown)(low), (self.shown)(high)),
+            };
+            shades.push((format!("p{class}"), format!("{range} at one place")));
         }
         self.axes(out, vertical.0, vertical.1)?;
         out.write_str("</svg>")?;
+        legend(
+            out,
+            shades.iter().map(|(class, name)| (&class[..], &name[..])),
+        )?;
         let mut by_row = BTreeMap::<usize, u64>::new();
         for ((_, row), points) in fields {
             *by_row.entry(*row).or_default() += points;
@@ -235,6 +233,20 @@ impl Chart<'_> {
         folded_table(out, self.title, &columns, rows)?;
         out.write_str("</figure>")
     }
+}
+
+/// Writes the meaning of colors, each given by its class.
+fn legend<'a>(out: &mut String, entries: impl Iterator<Item = (&'a str, &'a str)>) -> fmt::Result {
+    out.write_str("<ul class=\"legend\">")?;
+    for (class, name) in entries {
+        write!(
+            out,
+            "<li><svg viewBox=\"0 0 20 20\" aria-hidden=\"true\"><rect width=\"20\" height=\"20\" \
+             class=\"{class}\"/></svg>{}</li>",
+            text(name)
+        )?;
+    }
+    out.write_str("</ul>")
 }
 
 #[cfg(test)]
@@ -269,5 +281,39 @@ mod tests {
         assert_eq!(out.matches("<path class=\"c\"").count(), 2, "{out}");
         assert!(out.contains("two, count: 1<"), "{out}");
         assert!(out.contains("<td>three</td>"), "{out}");
+    }
+
+    #[test]
+    fn shades_of_a_scatter_plot_are_explained() {
+        let chart = Chart {
+            id: "x",
+            title: "title",
+            description: "description",
+            ends: ("a".into(), "b".into()),
+            shown: number,
+        };
+        let plot = |counts: &[u64]| {
+            let mut out = String::new();
+            let fields = (0..)
+                .zip(counts)
+                .map(|(column, count)| ((column, 0), *count));
+            let row = ("row", |row: usize| row.to_string());
+            chart
+                .scatter(&mut out, &fields.collect(), row, ("high", "low"))
+                .unwrap();
+            let (_, legend) = out.split_once("legend").unwrap();
+            let (legend, _) = legend.split_once("</ul>").unwrap();
+            let entries = legend.split("</svg>").skip(1);
+            let names = entries.map(|entry| entry.split_once('<').unwrap().0.to_owned());
+            names.collect::<Vec<_>>()
+        };
+        let all = ["1 to 4", "5 to 33", "34 to 100"];
+        let all = all.map(|range| format!("{range} at one place"));
+        assert_eq!(plot(&[100, 34, 33, 5, 4, 1]), all);
+        assert_eq!(plot(&[1, 1]), ["1 at one place"]);
+        assert_eq!(
+            plot(&[9, 1]),
+            ["1 to 2 at one place", "3 to 9 at one place"]
+        );
     }
 }
