@@ -328,8 +328,8 @@ fn records_read_ahead_are_decoded_without_another_read() {
     assert_eq!(frame.offset(), frames[3].offset());
     assert!(!decoder.is_ahead(&other, frame));
     let mut out = vec![0; frame.decoded_len()];
-    let decoded = decoder.decode(&other, frame, Reason::Prefetch, &mut out);
-    decoded.expect("cannot decode");
+    let read = decoder.decode(&other, frame, Reason::Prefetch, &mut out);
+    read.expect("cannot decode");
     assert!(out == other_memory[3 * out.len()..][..out.len()]);
     assert_eq!(other_reads.take(Reason::Prefetch).0, 1);
 }

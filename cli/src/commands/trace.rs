@@ -312,7 +312,7 @@ fn write_merged(args: &args::TraceMerge, output: Output, cancel: &Cancel) -> Res
     let (paths, to) = (args.traces.clone(), args.output.clone());
     let options = args.merging.options();
     let (bytes, report) =
-        cancel.unless_stopped(move || merged(&traces, &paths, &to, &options))??;
+        cancel.unless_stopped(move || merged(&traces, &paths, &to, options))??;
     let named = || target::name(&args.output);
     target.write_all(&bytes).with_context(named)?;
     target.complete()?;
@@ -325,9 +325,9 @@ fn merged(
     traces: &[Trace],
     paths: &[PathBuf],
     to: &Path,
-    options: &MergeOptions,
+    options: MergeOptions,
 ) -> Result<(Vec<u8>, MergeReport)> {
-    let merged = Trace::merged(traces, options)?;
+    let merged = Trace::merged(traces, &options)?;
     let bytes = merged.to_bytes().with_context(|| target::name(to))?;
     let pages = merged.pages();
     let sources = paths.iter().zip(traces).map(|(path, trace)| SourceFacts {

@@ -340,7 +340,7 @@ fn stopped_recording_is_written_or_kept() {
     let folder = Folder::new();
     folder.write("raw", &[7; 4096]);
     run(&folder, &["create", "raw", "-o", "s"]).exits(0);
-    let bytes = trace_of(&folder, "s", &[0]).to_bytes();
+    let bytes = trace_of(&folder, "s", &[0]).to_bytes().unwrap();
     let digits: Vec<String> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
     let reply = json!({"ok": {"vm": 7, "trace": digits.concat()}});
     let stop = |path| once(&folder, reply.clone(), &["record", "7", "stop", "-o", path]).0;

@@ -362,18 +362,18 @@ mod tests {
             at: Duration::from_millis(at),
             reason: TouchReason::Demand,
         };
-        let record = Record {
+        let log = TouchLog {
             options,
             begun: Instant::now(),
             begun_at: SystemTime::now(),
-            found: Mutex::new(Found {
+            logged: Mutex::new(LoggedTouches {
                 touches: (0..).zip(touches).map(touch).collect(),
-                ..Found::default()
+                ..LoggedTouches::default()
             }),
             ended: Condvar::new(),
         };
-        let (due, end) = record.due(&record.found());
-        ((due - record.begun).as_millis(), end)
+        let (due, end) = log.due(&log.lock());
+        ((due - log.begun).as_millis(), end)
     }
 
     #[test]

@@ -243,9 +243,9 @@ fn other_working_sets_are_kept_and_packed_behind() {
     assert!(frames[2] < frames[3], "each set has frames of its own");
     let between = frames[3] - frames[0];
     assert!(
-        (1..=between).contains(&told.hot_bytes),
+        (1..=between).contains(&told.working_set.stored_bytes),
         "{}",
-        told.hot_bytes
+        told.working_set.stored_bytes
     );
     assert_eq!(frames[3], frames[6]);
     // A set of the same name is replaced, and its pages are ordinary ones again.

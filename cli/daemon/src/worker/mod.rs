@@ -47,9 +47,7 @@ use crate::api::control;
 use crate::api::summary::{VmLabel, VmSummary};
 use crate::api::types::{self, MAX_RECENT_VMS, RequestError, VmState, VmStats};
 use crate::error::Chain;
-use crate::ipc::{
-    Channel, Endpoint, Facts, FromWorker, NewerSettings, ToWorker, TraceDestination,
-};
+use crate::ipc::{Channel, Endpoint, Facts, FromWorker, NewerSettings, ToWorker, TraceDestination};
 use crate::log::{self, LogFormat};
 
 /// Interval at which suppressed events are logged.

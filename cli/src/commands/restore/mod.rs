@@ -48,7 +48,7 @@ pub(crate) fn run(args: &args::Restore, output: Output, cancel: &Cancel) -> Resu
     let report = restore(args, output, cancel)?;
     output.report(&report)?;
     let failed = report.unwritten.iter().map(|error| output.fail(error));
-    let failed = failed.last().unwrap_or(Exit::Done);
+    let failed = failed.fold(Exit::Done, |_, failed| failed);
     // A file that could not be written does not hide how the restore went.
     Ok(match report.exit() {
         Exit::Done => failed,

@@ -46,8 +46,8 @@ use crate::session::platform::{Image, Installed, PAGE, Platform, Waited};
 use crate::session::state::Status;
 use crate::session::stats::{FaultKind, FaultTrace, add};
 
-/// Time for which a thread polls for the next fault before it sleeps, while a recording runs: waking
-/// a thread on an idle core takes longer than installing one page.
+/// Time for which a thread polls for the next fault before it sleeps, while a recording runs:
+/// waking a thread on an idle core takes longer than installing one page.
 const POLL_TIME: Duration = Duration::from_micros(20);
 
 impl<P: Platform, I: Image> Session<P, I> {
