@@ -16,9 +16,10 @@ use super::prefetcher::Pool;
 /// The contexts of a pool.
 pub(super) struct ContextPool {
     state: Mutex<State>,
-    /// Maximum number of idle contexts. Those in use don't count: threads that are preempted hold
+    /// Maximum number of idle contexts. With this many in all, idle ones of other sessions are taken
+    /// before another is created. Those in use are not limited: threads that are preempted hold
     /// theirs, and creating one takes longer than serving a fault.
-    most: usize,
+    enough: usize,
 }
 
 #[derive(Default)]
@@ -41,10 +42,10 @@ pub(super) struct SessionContexts<'a> {
 }
 
 impl ContextPool {
-    pub(super) fn new(most: usize) -> Self {
+    pub(super) fn new(enough: usize) -> Self {
         Self {
             state: Mutex::default(),
-            most,
+            enough,
         }
     }
 
@@ -54,7 +55,7 @@ impl ContextPool {
         let known = idle.iter().rposition(|context| context.was_lent_to(image));
         // Otherwise leave them: another session may want its contexts again, most likely the
         // latest.
-        let may_take = state.total >= self.most && !idle.is_empty();
+        let may_take = state.total >= self.enough && !idle.is_empty();
         let prepared = || idle.iter().position(|context| context.is_prepared(image));
         let at = known.or_else(|| may_take.then(|| prepared().unwrap_or(0)));
         let found = at.map(|at| state.idle.remove(at));
@@ -68,7 +69,7 @@ impl ContextPool {
     fn give_back(&self, context: ThreadContext<SnapshotImage>) {
         let mut state = self.state();
         state.idle.push(context);
-        let is_one_too_many = state.idle.len() > self.most || state.sessions == 0;
+        let is_one_too_many = state.idle.len() > self.enough || state.sessions == 0;
         let unwanted = is_one_too_many.then(|| state.idle.remove(0));
         state.total -= usize::from(is_one_too_many);
         drop(state);

@@ -44,7 +44,8 @@ impl std::fmt::Debug for Shared {
 impl Shared {
     /// Creates shared resources that keep `frame_cache` bytes of decoded frames; 0 keeps none. A
     /// frame larger than a quarter of that is not kept. Each thread that is serving or prefetching
-    /// may hold another 3 MiB; two such contexts per core are kept as long as there is a session.
+    /// may hold another 2 MiB, or 4 MiB with frames of 2 MiB. Of these, two idle ones per core, and
+    /// two more, are kept as long as there is a session.
     ///
     /// Frames belong to the file that holds them: sessions of one snapshot share them, and sessions
     /// of snapshots that have a [`Layer`](snapshot_format::Layer) in common share those of the
