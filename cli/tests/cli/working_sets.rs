@@ -265,7 +265,7 @@ fn traces_are_shown_and_compared() {
     let expected = [
         "touched     no page; the memory has 4,608 page numbers",
         "present     7 pages at the start",
-        "recorded    2000-02-29 00:00:00 UTC; end: the rate of first touches settled",
+        "recorded    2000-02-29T00:00:00Z; end: the rate of first touches settled",
     ];
     assert_eq!(lines, expected);
 
