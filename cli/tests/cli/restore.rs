@@ -672,5 +672,5 @@ fn endless_list_of_pages_is_refused() {
     let refused = Run::to_end(command.current_dir(folder.path()));
     refused
         .exits(1)
-        .says(&["/dev/zero, line 1: this is no list of pages"]);
+        .says(&["/dev/zero, line 1: not a list of pages"]);
 }
