@@ -170,7 +170,7 @@ fn not_beside(file: File, target: &Path) -> Result<Vec<Ancestor>> {
     Ok(ancestors)
 }
 
-/// Returns a remark about ancestors that are not found from the folder of a new snapshot.
+/// Returns a remark if ancestors of a new snapshot, to be named `output`, are not in its folder.
 pub(crate) fn remark_away(target: &mut Target, output: &Path) -> Result<Option<Remark>> {
     let Some(file) = target.open_again()? else {
         return Ok(None);

@@ -16,8 +16,8 @@ use super::prefetcher::Pool;
 /// The contexts of a pool.
 pub(super) struct ContextPool {
     state: Mutex<State>,
-    /// Maximum number of idle contexts. Those in use don't count: threads that are preempted hold
-    /// theirs, and creating one takes longer than serving a fault.
+    /// Maximum number of idle contexts. Those in use don't count: preempted threads hold theirs,
+    /// and creating a context takes longer than serving a fault.
     most: usize,
 }
 
@@ -144,7 +144,7 @@ mod tests {
         let (pool, image) = (ContextPool::new(2), image());
         pool.state().sessions = 1;
         let mut lent: Vec<_> = (0..5).map(|_| pool.lend(&image)).collect();
-        // The next thread gets the context of the last one, however many others are in use.
+        // The next thread gets the context that was returned last, however many are in use.
         pool.give_back(lent.pop().unwrap());
         let count = |pool: &ContextPool| {
             let state = pool.state();

@@ -226,7 +226,7 @@ impl OperatorApi for Worker {
     fn stop_recording(&self, vm: VmId) -> ApiResult<Recorded> {
         let served = self.recordable(vm)?;
         let paged = served.paged.get().ok_or_else(being_set_up)?;
-        // Held until the supervisor is told, so that the messages are in order.
+        // Locked until the message is sent, so that the supervisor gets the messages in order.
         let mut recording = lock(&served.recording);
         if let Some(recording) = recording.take() {
             let recorded = Recorded::new(vm, &recording.stop());

@@ -47,7 +47,7 @@ pub(super) fn flatten_beyond(
     Ok((flat, rewritten.written, Some(flattened)))
 }
 
-/// Refuses traces of memory that has another number of page numbers than `page_slots`.
+/// Refuses traces of memory of another size: it has more or fewer than `page_slots` page numbers.
 pub(super) fn check_size(args: &args::Create, traces: &[Trace], page_slots: u64) -> Result<()> {
     for (path, trace) in args.traces.iter().zip(traces) {
         if trace.page_slots != page_slots {
