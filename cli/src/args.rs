@@ -506,8 +506,8 @@ pub(crate) struct Restore {
     /// Record the pages that are touched, in order of first touch, to this new file
     ///
     /// A recording ends after 10 s, after a quarter of the pages (at most 262,144), when the rate
-    /// of first touches has settled, or with the command. Until then each touch installs one page,
-    /// and prefetch waits.
+    /// of first touches has settled (after 3 s at the earliest), or with the command. Until then
+    /// each touch installs one page, and prefetch waits.
     #[arg(long, value_name = "TRACE", value_hint = ValueHint::FilePath)]
     pub(crate) record: Option<PathBuf>,
     /// Write the statistics of the restore to this file, for `snaprestore report --run`

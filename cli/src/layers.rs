@@ -170,7 +170,7 @@ fn not_beside(file: File, target: &Path) -> Result<Vec<Ancestor>> {
     Ok(ancestors)
 }
 
-/// Returns a remark about ancestors that are not found from the folder of a new snapshot.
+/// Returns a remark if ancestors of a new snapshot, to be named `output`, are not in its folder.
 pub(crate) fn remark_away(target: &mut Target, output: &Path) -> Result<Option<Remark>> {
     let Some(file) = target.open_again()? else {
         return Ok(None);
@@ -180,7 +180,7 @@ pub(crate) fn remark_away(target: &mut Target, output: &Path) -> Result<Option<R
         key: "base.elsewhere",
         value: away.len().to_string(),
         text: format!(
-            "{} of the new snapshot not in its folder (the first was {}): pass --layers DIR to the \
+            "the new snapshot has {} in other folders (the first was {}): pass --layers DIR to the \
              commands that read it, or move the files into one folder",
             count(away.len() as u64, "ancestor"),
             names::shown(&first.name)

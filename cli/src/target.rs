@@ -29,8 +29,8 @@ pub(crate) enum Target {
     Stream(Stream),
 }
 
-/// A target that is written in place. A signal interrupts a write that waits for the reader of a
-/// pipe or socket.
+/// A target that is written in place. With `cancel`, a signal interrupts a write that waits for the
+/// reader of a pipe or socket.
 pub(crate) struct Stream {
     file: File,
     /// Handle that interrupts a blocked write; `None` if no write blocks, or none is interrupted.

@@ -37,7 +37,7 @@ pub(crate) struct RecordingReport {
 }
 
 impl TraceFile {
-    /// Creates the file. No file may have its name. A signal does not keep it from being written.
+    /// Creates the file. No file may have its name. No signal interrupts a write to it.
     pub(crate) fn create(path: &Path) -> Result<Self> {
         Ok(Self {
             path: path.to_owned(),

@@ -282,8 +282,8 @@ fn packed(memory: &[u8]) -> (Snapshot, Arc<Counting>, Vec<FrameRef>) {
     (snapshot, store, frames)
 }
 
-/// Only for prefetch, for the file that they were read from, and until another record takes their
-/// place.
+/// Records that were read ahead are used for prefetch only, for their own file only, and until
+/// another record takes their place.
 #[test]
 fn records_read_ahead_are_decoded_without_another_read() {
     let (memory, other_memory) = (noise(1), noise(2));
@@ -312,7 +312,7 @@ fn records_read_ahead_are_decoded_without_another_read() {
             "{number}"
         );
     }
-    // The frames before and behind are read alone, and then nothing is there any more.
+    // A frame before or behind them is read alone, and takes the place of all of them.
     for number in [1, 6] {
         ahead(&mut decoder);
         assert_eq!(decode(&mut decoder, number, Reason::Prefetch), 1);

@@ -42,7 +42,7 @@ pub(crate) enum ToWorker {
     Service {
         /// The number by which VMs refer to it.
         key: u64,
-        /// Settings for serving its VMs, without the newer ones.
+        /// Settings for serving its VMs, without those in `newer`.
         service: Service,
         /// The newer settings.
         #[serde(default)]
@@ -100,16 +100,17 @@ pub(crate) enum ToWorker {
     Shutdown,
 }
 
-/// Settings of a service that programs before working sets do not know. A worker of such a program
-/// ignores them here. Among the others, they would end it, and every worker after it.
+/// Settings of a service that programs from before working sets do not know. A worker of such a
+/// program ignores this struct. If the settings were in [`Service`], the worker would refuse the
+/// message and exit, and so would every worker after it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub(crate) struct NewerSettings {
-    /// The setting of this name of the service.
+    /// The value of [`Service::working_set`].
     working_set: Option<String>,
-    /// The setting of this name of the service.
+    /// The value of [`Service::record`].
     record: Option<PathBuf>,
-    /// Whether the record of each session is wanted.
+    /// Whether the worker sends the record of each session.
     pub(crate) run_records: bool,
 }
 
@@ -158,7 +159,7 @@ pub(crate) struct Facts {
     /// Number of workers that replaced a dead one.
     pub(crate) worker_restarts: u64,
     pub(crate) draining: bool,
-    /// Whether it knows messages about recordings. An older supervisor would exit.
+    /// Whether the supervisor knows messages about recordings. An older one would exit.
     #[serde(default)]
     pub(crate) knows_recordings: bool,
     /// Counts of VMs that have ended, by service.
@@ -219,7 +220,8 @@ pub(crate) enum FromWorker {
         /// The destination of the trace.
         destination: TraceDestination,
     },
-    /// A recording has ended. A memfd with a trace for a folder comes with the message.
+    /// A recording has ended. If its trace is for the folder, a memfd with the trace comes with the
+    /// message.
     RecordingEnded {
         /// The number of the VM.
         id: u64,
@@ -343,7 +345,7 @@ mod tests {
     use super::*;
     use crate::api::summary::VmLabel;
 
-    /// A program that knows fewer settings refuses others in a service, and ignores them beside it.
+    /// An older program refuses unknown settings in a service, and ignores `newer` beside it.
     #[test]
     fn newer_settings_are_passed_beside_the_service() {
         let whole: Service = serde_json::from_value(json!({

@@ -68,8 +68,8 @@ pub(crate) struct Serve {
     #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath,
         required_unless_present_any = ["config", "control"], requires = "snapshot")]
     pub(crate) socket: Option<PathBuf>,
-    /// Configuration file with the services, instead of --snapshot, --socket and the options of a
-    /// service, which are refused (--prefetch, --record and so on)
+    /// Configuration file with the services; excludes --snapshot, --socket and the options of a
+    /// service (--prefetch, --record and so on)
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath,
         conflicts_with_all = ["snapshot", "socket"])]
     pub(crate) config: Option<PathBuf>,
@@ -148,8 +148,8 @@ pub(crate) struct ServiceOptions {
     /// Record the first touches of each VM to a trace file of its own in this folder
     ///
     /// A recording ends after 10 s, after a quarter of the pages (at most 262,144), or when the
-    /// rate of first touches has settled. Until then each touch installs one page, and prefetch
-    /// waits.
+    /// rate of first touches has settled (after 3 s at the earliest). Until then each touch
+    /// installs one page, and prefetch waits.
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(crate) record: Option<PathBuf>,
 }
@@ -176,12 +176,12 @@ pub(super) fn refuse_ignored(
         return Ok(());
     }
     let remedy = if matches.contains_id("config") {
-        "set it for each service in the configuration file"
+        "set them for each service in the configuration file"
     } else {
-        "name one to serve, or pass it to `snaprestore ctl add`"
+        "name a snapshot to serve, or pass them to `snaprestore ctl add`"
     };
     let text = format!(
-        "{} has no effect without --snapshot: {remedy}",
+        "these options have no effect without --snapshot: {}; {remedy}",
         given.join(", ")
     );
     let serve = command.find_subcommand_mut("serve");

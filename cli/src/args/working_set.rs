@@ -21,9 +21,9 @@ use super::{Layers, Packing};
 /// A layered snapshot stays a child of its ancestors, which are not changed. Pages of the working
 /// set that lie among others in an ancestor are stored in the new file, too; those in frames of
 /// which at least half belongs to the working set stay there. So optimize a base first, `rebase`
-/// its children onto it, and then optimize the children. The replacement of a snapshot that is
-/// itself an ancestor of another one in its folder or in those of --layers is refused. Children in
-/// other folders are not known: they would lose their base.
+/// its children onto it, and then optimize the children. A snapshot that is an ancestor of another
+/// one, in its folder or in those of --layers, is not replaced. Children in other folders are not
+/// found, and would lose their base.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Optimize {
     /// Snapshot to optimize

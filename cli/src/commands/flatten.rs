@@ -65,12 +65,12 @@ impl RewriteFacts {
 impl fmt::Display for RewriteFacts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (copied, packed) = (
-            HumanCount(self.copied_frames),
+            count(self.copied_frames, "frame"),
             HumanCount(self.packed_frames),
         );
         write!(
             f,
-            "rewritten   {copied} frames copied as stored, {packed} packed again"
+            "rewritten   {copied} copied as stored, {packed} packed again"
         )?;
         match self.dead_pages {
             0 => writeln!(f),

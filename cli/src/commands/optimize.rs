@@ -148,7 +148,7 @@ pub(crate) fn run(args: &args::Optimize, output: Output, cancel: &Cancel) -> Res
     layers::refuse_ancestor(to, &snapshot)?;
     layers::refuse_needed(to, &args.layers)?;
     let target = create_target(to, args.force || in_place, cancel)?;
-    let (number, pages) = (traces.len(), merged(traces, args.merging, cancel)?);
+    let (trace_count, pages) = (traces.len(), merged(traces, args.merging, cancel)?);
     let plan = Plan {
         name: &args.name,
         pages: &pages,
@@ -167,7 +167,7 @@ pub(crate) fn run(args: &args::Optimize, output: Output, cancel: &Cancel) -> Res
         file: names::exact(to),
         facts: Facts::of_written(&optimized.rewritten.written),
         rewrite: RewriteFacts::of(&optimized.rewritten),
-        working_set: WorkingSetFacts::of(&optimized.working_set, &args.name, number),
+        working_set: WorkingSetFacts::of(&optimized.working_set, &args.name, trace_count),
         old_file_bytes: snapshot.file_bytes(),
         old_snapshot_id: snapshot.id().to_string(),
         in_place,

@@ -56,7 +56,7 @@ pub(crate) fn read_all(paths: &[PathBuf], cancel: &Cancel) -> Result<Vec<Trace>>
         }
         Ok(trace)
     };
-    // Traces of millions of pages take seconds.
+    // Reading traces of millions of pages takes seconds.
     cancel.unless_stopped(move || paths.iter().map(read).collect())?
 }
 
@@ -135,9 +135,8 @@ impl TraceFacts {
             last_us: time(1, 1),
         }
     }
-}
 
-impl TraceFacts {
+    /// Writes the line about the date and the end of the recording.
     fn write_recorded(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (begun, end) = (date(self.begun_unix_ms / 1000), &self.end_text);
         writeln!(f, "recorded    {begun}; end: {end}")

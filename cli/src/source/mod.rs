@@ -154,7 +154,8 @@ pub(crate) trait Source {
     fn describe(&self) -> Vec<(String, String)>;
     /// Returns the number of pages to be delivered, if it is known beforehand.
     fn pages(&self) -> Option<u64>;
-    /// Returns the size of the page-number space of a snapshot of it, if it is known beforehand.
+    /// Returns the number of page numbers that a snapshot of the source will have, if it is known
+    /// beforehand.
     fn page_slots(&self) -> Option<u64> {
         None
     }

@@ -461,7 +461,7 @@ fn map_of_info_is_plain_text_in_a_pipe() {
     run(&folder, &optimize).exits(0);
     let text = run(&folder, &["info", "1.snap", "--map"]).exits(0).text();
     let (_, map) = text.split_once("\nmap ").expect("a map");
-    for kind in ["% in ancestors", "@ working set", "+ a part of it"] {
+    for kind in ["% in ancestors", "@ working set", "+ partly working set"] {
         assert!(map.contains(kind), "{map}");
     }
     assert!(map.lines().all(|line| line.len() <= 80), "{map}");

@@ -536,9 +536,9 @@ fn touched_pages_are_recorded_to_a_new_file() {
     assert_eq!(report["trace"]["end"], "stopped", "{report}");
     // A command that fails afterwards has written its trace.
     let args = ["--touch", "file:order", "--record", "t3", "--run-json"];
-    restore(&folder, &[&args[..], &["missing/run"]].concat())
+    restore(&folder, &[&args[..], &["/dev/full"]].concat())
         .exits(1)
-        .says(&["the folder missing does not exist"]);
+        .says(&["No space left"]);
     let recorded = Trace::read_path(folder.file("t3")).unwrap();
     assert_eq!(recorded.pages(), [7, 2000, 8]);
     // All pages are touched before prefetch gets its turn.
@@ -672,5 +672,5 @@ fn endless_list_of_pages_is_refused() {
     let refused = Run::to_end(command.current_dir(folder.path()));
     refused
         .exits(1)
-        .says(&["/dev/zero, line 1: this is no list of pages"]);
+        .says(&["/dev/zero, line 1: not a list of pages"]);
 }

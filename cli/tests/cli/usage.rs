@@ -119,7 +119,7 @@ fn options_that_have_no_effect_are_refused() {
         (&["demo", "--keep", "-"], "name a file"),
         (
             &["serve", "--config", "c", "--prefetch", "all"],
-            "--prefetch has no effect",
+            "no effect without --snapshot: --prefetch;",
         ),
     ] {
         run(&folder, args).exits(2).says(&[says]);

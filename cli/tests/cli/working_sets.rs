@@ -265,7 +265,7 @@ fn traces_are_shown_and_compared() {
     let expected = [
         "touched     no page; the memory has 4,608 page numbers",
         "present     7 pages at the start",
-        "recorded    2000-02-29 00:00:00 UTC; end: the rate of first touches settled",
+        "recorded    2000-02-29T00:00:00Z; end: the rate of first touches settled",
     ];
     assert_eq!(lines, expected);
 
@@ -409,7 +409,7 @@ fn optimized_child_keeps_its_base() {
     std::fs::create_dir(folder.file("other")).unwrap();
     let told = run(&folder, &away).exits(0).text();
     let note =
-        "note        1 ancestor of the new snapshot not in its folder (the first was image.snap)";
+        "note        the new snapshot has 1 ancestor in other folders (the first was image.snap)";
     assert!(told.contains(note), "{told}");
     let labels = told.lines().filter(|line| line.starts_with("frames "));
     assert_eq!(labels.count(), 1, "{told}");

@@ -16,9 +16,9 @@ use super::prefetcher::Pool;
 /// The contexts of a pool.
 pub(super) struct ContextPool {
     state: Mutex<State>,
-    /// Maximum number of idle contexts. With this many in all, idle ones of other sessions are taken
-    /// before another is created. Those in use are not limited: threads that are preempted hold
-    /// theirs, and creating one takes longer than serving a fault.
+    /// Maximum number of idle contexts. With this many in all, idle ones of other sessions are
+    /// taken before another is created. Those in use are not limited: threads that are preempted
+    /// hold theirs, and creating one takes longer than serving a fault.
     enough: usize,
 }
 
@@ -145,7 +145,7 @@ mod tests {
         let (pool, image) = (ContextPool::new(2), image());
         pool.state().sessions = 1;
         let mut lent: Vec<_> = (0..5).map(|_| pool.lend(&image)).collect();
-        // The next thread gets the context of the last one, however many others are in use.
+        // The next thread gets the context that was returned last, however many are in use.
         pool.give_back(lent.pop().unwrap());
         let count = |pool: &ContextPool| {
             let state = pool.state();

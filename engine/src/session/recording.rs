@@ -50,7 +50,7 @@ pub struct RecordingOptions {
     pub max_pages: Option<u64>,
     /// The time from the first touch on after which a recording ends as soon as it has settled:
     /// when at most one twentieth of its touches came in the second half of its time. `None` never
-    /// settles. Default: 3 s, so that an owner may pause for two seconds.
+    /// settles. Default: 3 s, so that an early pause of two seconds does not end the recording.
     pub settled_after: Option<Duration>,
 }
 
@@ -109,7 +109,7 @@ impl TouchRecorder {
 /// A callback for the end of a recording.
 pub(crate) type OnEnd = Box<dyn FnOnce() + Send>;
 
-/// The log of a recording.
+/// A recording: its limits, and the touches so far.
 pub(crate) struct TouchLog {
     options: RecordingOptions,
     begun: Instant,
@@ -118,7 +118,7 @@ pub(crate) struct TouchLog {
     ended: Condvar,
 }
 
-/// The state of a log.
+/// The touches of a recording, and its state.
 #[derive(Default)]
 struct LoggedTouches {
     /// One bit for each page, until the recording ends.
@@ -354,8 +354,8 @@ impl<P: Platform, I: Image> Session<P, I> {
 mod tests {
     use super::*;
 
-    /// Returns when a recording with touches at these times, in milliseconds, is due, counted from
-    /// its begin in milliseconds, and why.
+    /// Returns when a recording with touches at these times is due, and why. All times are
+    /// milliseconds since the recording began.
     fn due(options: RecordingOptions, touches: impl IntoIterator<Item = u64>) -> (u128, TraceEnd) {
         let touch = |(page, at)| Touch {
             page,
@@ -377,9 +377,9 @@ mod tests {
     }
 
     #[test]
-    fn recording_settles_once_second_half_has_a_twentieth() {
+    fn recording_settles_if_second_half_has_a_twentieth() {
         let options = RecordingOptions::default();
-        // From 5 s on, 19 touches in 2 s: the next one may come in the second half.
+        // With 19 touches from 5 s to 7 s, one more may come in the second half.
         let early = || (0..19).map(|n| 5000 + n * 2000 / 18);
         assert_eq!(due(options, early()), (9000, TraceEnd::Settled));
         let one_late = early().chain([8900]);
@@ -417,7 +417,7 @@ mod tests {
             ..RecordingOptions::default()
         };
         assert_eq!(due(unsettled, [5000, 5001]), (15000, TraceEnd::TimeLimit));
-        // It comes before the rate can settle.
+        // The limit comes before the rate can settle.
         let options = RecordingOptions::default();
         let slow = || (0..20).map(|n| 5000 + n * 300);
         assert_eq!(due(options, slow()), (15000, TraceEnd::TimeLimit));

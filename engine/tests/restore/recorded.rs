@@ -302,7 +302,8 @@ fn dropping_a_restore_ends_its_recording() {
     assert_eq!((trace.end, trace.pages()), (TraceEnd::Stopped, vec![9, 2]));
 }
 
-/// A thread keeps a few frames in any case, so each of many is wanted again after all others.
+/// A thread always keeps its last few frames. So the test wants each of many frames again only
+/// after all the others.
 #[test]
 fn frames_are_not_kept_after_the_recording() {
     let bytes = random_bytes(PAGES, 51);
@@ -353,7 +354,7 @@ fn touch_of_page_that_prefetch_installs_meanwhile_is_recorded() {
     wait_until("prefetch reads", || gates[2].waiting() == 1);
     let recording = restored.record(UNLIMITED).unwrap();
     std::thread::scope(|scope| {
-        // In this order, and the thread that serves faults reads the last two together.
+        // The faults come in this order. The thread that serves them reads the last two together.
         for (page, gate) in [(FIRST, Some(0)), (DEMANDED, None), (PREFETCHED, None)] {
             let (say, said) = mpsc::channel();
             let (restored, bytes) = (&restored, &bytes);

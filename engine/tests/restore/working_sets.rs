@@ -258,7 +258,7 @@ fn demand_does_not_wait_for_index_blocks_that_replay_reads() {
     compare(&restored, &bytes, set.iter().copied());
     drop(restored);
 
-    // 2 MiB of hot frames are read in a few pieces, as if each page were not a run of its own.
+    // 2 MiB of hot frames are read in a few pieces, although each page is a run of its own.
     reads.store(0, SeqCst);
     let restored = Restore::new(snapshot)
         .prefetch(Prefetch::WorkingSet)

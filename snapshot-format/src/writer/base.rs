@@ -9,8 +9,8 @@
 //!     the others                             are new
 //! ```
 //!
-//! Which pages correspond is up to the caller. Those of one block may correspond to several
-//! runs of the base, which need not begin where a block does.
+//! Which pages correspond is up to the caller. Those of one block may correspond to several runs of
+//! the base, which need not begin where a block does.
 //!
 //! All of it runs on the pool, as a part of examining a block. Several blocks may name one frame:
 //! at their border, or because they share content. It is decoded once, and the digests of its pages

@@ -36,8 +36,7 @@ impl BlockBuffer {
         }
     }
 
-    /// Takes a buffer from `free`, or allocates one. A used one has the bytes of its last
-    /// user.
+    /// Takes a buffer from `free`, or allocates one. A used one has the bytes of its last user.
     pub(super) fn of(free: &Arc<FreeList<Vec<u8>>>) -> Self {
         let idle = free.pop();
         Self {

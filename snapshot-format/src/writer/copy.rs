@@ -75,8 +75,9 @@ pub(super) struct CopySource {
     /// Digests of slots, by the frame's index in `frames`.
     remembered: Cache<usize, Arc<[Digest]>, BySlots>,
     decoders: FreeList<Decoder>,
-    /// Buffers of blocks, and of frame records.
+    /// Buffers of blocks.
     buffers: Arc<FreeList<Vec<u8>>>,
+    /// Buffers of frame records.
     record_buffers: Arc<RecordBuffers>,
 }
 
@@ -84,7 +85,7 @@ pub(super) struct CopySource {
 pub(super) enum RewriteMode<'a> {
     /// A file that needs no other.
     Flatten,
-    /// A child of another base. `old_base` is the name of the one so far, for messages.
+    /// A child of another base. `old_base` is the name of the previous base, for messages.
     Rebase {
         base: &'a Arc<Snapshot>,
         old_base: String,

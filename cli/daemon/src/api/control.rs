@@ -79,8 +79,8 @@ pub enum Request {
         #[serde(default)]
         all: bool,
     },
-    /// Records the first touches of a VM, or ends that and returns the trace: then the reply is a
-    /// [`Recorded`].
+    /// Starts or stops a recording of the first touches of a VM. The reply to a stop is a
+    /// [`Recorded`]; a repeated stop returns the same trace.
     Record {
         /// The VM.
         vm: VmId,

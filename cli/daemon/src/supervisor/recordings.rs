@@ -47,7 +47,7 @@ impl Recordings {
         self.running.insert((label.id, destination), label);
     }
 
-    /// Forgets a recording of the VM. Returns the VM, if there was one.
+    /// Forgets a recording of the VM. Returns the label of the VM, if there was a recording.
     fn end(&mut self, id: u64, destination: TraceDestination) -> Option<VmLabel> {
         self.running.remove(&(id, destination))
     }
@@ -71,7 +71,7 @@ impl Supervisor {
             return;
         }
         if destination == TraceDestination::Operator {
-            // The operator has it.
+            // The worker has sent the trace to the operator.
             return;
         }
         let service = self.vms.get(id).map(super::vm::VmRecord::service);
@@ -174,7 +174,7 @@ mod tests {
         for bad in [&bytes[..bytes.len() - 1], b"", b"noise"] {
             assert!(matches!(write(bad), Err(WriteTraceError::Invalid(_))));
         }
-        // A length that no trace of the worker has is refused before it is read.
+        // A file that is longer than any trace of a worker is refused before it is read.
         let sparse = tempfile::tempfile().unwrap();
         sparse.set_len(MAX_TRACE_BYTES + 1).unwrap();
         let refused = write_trace(&sparse, &name);
@@ -194,8 +194,8 @@ mod tests {
         assert!(both.contains(&trace) && both.contains(&other) && both.len() == 2);
     }
 
-    /// The trace of a recording for the folder may arrive after an operator has begun, or also
-    /// ended, another recording of the VM.
+    /// The trace for the folder may arrive after an operator has begun, or even ended, another
+    /// recording of the VM.
     #[test]
     fn recordings_of_one_vm_may_overlap() {
         let mut recordings = Recordings::default();

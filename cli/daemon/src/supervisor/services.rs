@@ -467,7 +467,7 @@ impl Services {
         Some((message, record.files.own()))
     }
 
-    /// Returns the names of the newer settings that are in use, each once.
+    /// Returns the names of the [newer settings](NewerSettings) that are in use, each once.
     pub(super) fn newer_settings(&self, run_records: bool) -> Vec<&'static str> {
         let services = self.records.values().map(|record| {
             let mut service = Service::clone(&record.snapshot.service);

@@ -133,7 +133,8 @@ impl Supervisor {
     }
 }
 
-/// The names of a file about a VM.
+/// The names to try for a file about a VM, in order: `SERVICE-VM-SECONDS.EXTENSION`, then the same
+/// with `-2`, `-3` and so on after the seconds.
 #[derive(Debug)]
 pub(super) struct VmFileName {
     folder: PathBuf,
@@ -142,8 +143,8 @@ pub(super) struct VmFileName {
 }
 
 impl VmFileName {
-    /// Returns the names of a file that is made now. The time tells runs of the daemon apart, which
-    /// count their VMs from 1.
+    /// Returns the names for a file that is written now. The time tells runs of the daemon apart,
+    /// which count their VMs from 1.
     pub(super) fn now(folder: &Path, label: &VmLabel, extension: &'static str) -> Self {
         let since = SystemTime::now().duration_since(UNIX_EPOCH);
         Self::at(since.unwrap_or_default(), folder, label, extension)
@@ -158,8 +159,8 @@ impl VmFileName {
         }
     }
 
-    /// Writes the file with `write`, under the first name that is free: a daemon that was started
-    /// twice in a second has given the first one away. Returns the path.
+    /// Writes the file with `write`, under the first name that is free, and returns its path. The
+    /// first name is taken if the daemon was started twice within a second.
     pub(super) fn write<E>(
         &self,
         write: impl Fn(&Path) -> Result<(), E>,

@@ -211,8 +211,8 @@ impl Supervisor {
             let ignored = self.workers.upgrade_ignores(&self.services);
             if !ignored.is_empty() {
                 self.journal.error(format_args!(
-                    "the program of the worker, version {version}, is too old for these settings \
-                     and ignores them: {}; upgrade to a newer program",
+                    "the worker of version {version} does not know these settings and ignores \
+                     them: {}; upgrade to a newer program",
                     ignored.join(", ")
                 ));
             }

@@ -84,8 +84,8 @@ impl WorkerProcess {
         let format = format.as_ref().map_or("text", |format| format.get_name());
         command.args(["--log-format", format]);
         command.args(["--frame-cache", &options.frame_cache.to_string()]);
-        // Options end a worker of a program that does not know them: newer settings come with the
-        // services.
+        // A worker of an older program exits if it does not know an option. So newer settings are
+        // sent with the services.
         if options.confine {
             command.arg("--confine");
         }

@@ -349,7 +349,7 @@ impl Workers {
         upgrade.worker.version.as_deref()
     }
 
-    /// Returns the names of the settings in use that the worker that takes over does not know.
+    /// Returns the names of the settings in use that the next worker does not know.
     pub(super) fn upgrade_ignores(&self, services: &Services) -> Vec<&'static str> {
         let upgrade = self.upgrade.as_ref();
         if upgrade.is_none_or(|upgrade| upgrade.knows_newer) {

@@ -223,7 +223,7 @@ pub(crate) struct OpenService {
     pub(crate) service: Service,
     /// Number of files of the snapshot.
     pub(crate) layers: u64,
-    /// Records of sessions are sent to the supervisor.
+    /// Whether the records of sessions are sent to the supervisor.
     run_records: bool,
     snapshot: Mutex<ServedSnapshot>,
 }
@@ -554,7 +554,7 @@ impl Worker {
             page_map: arrived.page_map,
         };
         let session = pager.resume(handover, tables, &arrived.quarantined)?;
-        // Operators find the session from now on, and may begin another recording.
+        // Taken before operators find the session, because they may begin another recording.
         let recording = session.recording();
         let session = served.paged.get_or_init(|| session);
         if recording.is_some() {

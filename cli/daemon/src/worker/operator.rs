@@ -195,8 +195,8 @@ impl OperatorApi for Worker {
 
     fn start_recording(&self, vm: VmId) -> ApiResult<()> {
         if !lock(&self.facts).knows_recordings {
-            let text = "the supervisor is of an older program, which cannot record VMs: restart \
-                        the daemon with a newer one";
+            let text = "the supervisor is of an older program, which cannot record VMs; start the \
+                        daemon again with a newer program";
             return Err(text.to_owned().into());
         }
         let served = self.recordable(vm)?;
@@ -226,7 +226,7 @@ impl OperatorApi for Worker {
     fn stop_recording(&self, vm: VmId) -> ApiResult<Recorded> {
         let served = self.recordable(vm)?;
         let paged = served.paged.get().ok_or_else(being_set_up)?;
-        // Held until the supervisor is told, so that the messages are in order.
+        // Locked until the message is sent, so that the supervisor gets the messages in order.
         let mut recording = lock(&served.recording);
         if let Some(recording) = recording.take() {
             let recorded = Recorded::new(vm, &recording.stop());
@@ -237,12 +237,12 @@ impl OperatorApi for Worker {
             });
             return recorded;
         }
-        // A recording that was stopped before is kept until another one begins: the operator may
-        // have failed to write its trace. That of a service is written to its folder as well.
+        // A stopped recording is kept until another one begins, because the operator may have
+        // failed to write its trace. The trace for the folder of the service is returned, too.
         match paged.recording() {
             Some(recording) => Recorded::new(vm, &recording.stop()),
             None => Err(format!(
-                "VM {vm} was not recorded; `snaprestore ctl record {vm} start` begins that"
+                "VM {vm} was not recorded; `snaprestore ctl record {vm} start` starts a recording"
             )
             .into()),
         }

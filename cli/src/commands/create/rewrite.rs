@@ -47,7 +47,7 @@ pub(super) fn flatten_beyond(
     Ok((flat, rewritten.written, Some(flattened)))
 }
 
-/// Refuses traces of memory that has another number of page numbers than `page_slots`.
+/// Refuses traces of memory of another size: it has more or fewer than `page_slots` page numbers.
 pub(super) fn check_size(args: &args::Create, traces: &[Trace], page_slots: u64) -> Result<()> {
     for (path, trace) in args.traces.iter().zip(traces) {
         if trace.page_slots != page_slots {
@@ -85,7 +85,7 @@ pub(super) fn optimize_written(
         }
     }
     let packing = packing(args);
-    let number = traces.len();
+    let trace_count = traces.len();
     let pages = optimize::merged(traces, args::Merging::default(), cancel)?;
     let plan = optimize::Plan {
         name: DEFAULT_WORKING_SET,
@@ -95,7 +95,7 @@ pub(super) fn optimize_written(
     let snapshot = Arc::new(snapshot);
     let new = Target::create(&args.output, args.force, cancel)?;
     let (new, optimized) = plan.execute(new, &args.output, &snapshot, (output, cancel))?;
-    let set = WorkingSetFacts::of(&optimized.working_set, DEFAULT_WORKING_SET, number);
+    let set = WorkingSetFacts::of(&optimized.working_set, DEFAULT_WORKING_SET, trace_count);
     let remark = (others > 0).then(|| Remark {
         key: "traces.other_content",
         value: others.to_string(),

@@ -95,8 +95,8 @@ fn record_vm(record: &args::CtlRecord, client: &Client, output: Output) -> Resul
     let trace = trace.context("the daemon did not send a trace; it may be of another version")?;
     let written = file.write(&trace).with_context(|| {
         format!(
-            "the trace of VM {vm} is not written, and is kept until the VM is recorded again, or \
-             ends; `snaprestore ctl record {vm} stop -o FILE` fetches it again"
+            "cannot write the trace of VM {vm}, which the daemon keeps until the VM is recorded \
+             again or ends; `snaprestore ctl record {vm} stop -o FILE` fetches it again"
         )
     })?;
     output.report_beside(to_stdout, &written)

@@ -135,8 +135,7 @@ struct Packed {
 fn destination(args: &args::Demo, cancel: &Cancel) -> Result<(Target, Packed)> {
     if let Some(path) = &args.keep {
         if target::is_stdout(path) {
-            let text = "--keep - : the snapshot is read again, which standard output cannot be; \
-                        name a file";
+            let text = "--keep -: standard output cannot be read again; name a file";
             return Err(Refusal::Usage(text.into()).into());
         }
         let packed = Packed {

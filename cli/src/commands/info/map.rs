@@ -21,9 +21,9 @@ const MAX_LINES: u64 = 16;
 const MAX_GROUPS: usize = 24;
 /// Columns of the addresses.
 const MARGIN: u64 = 18;
-/// The share of hot pages from which a character shows them: one in this many. Working sets are
-/// spread out, so that half of the pages of a character are rarely hot.
-const PARTLY_HOT: u64 = 16;
+/// The share of hot pages from which a cell counts as partly hot: one in this many. Working sets
+/// are spread out, so that half of the pages of a cell are rarely hot.
+const PARTLY_HOT_SHARE: u64 = 16;
 
 /// The characters of a map, each with its meaning.
 struct Alphabet {
@@ -117,13 +117,13 @@ impl Drawing {
 }
 
 impl Alphabet {
-    /// Returns the character for what most pages of a cell are, or for the hot ones if these are
-    /// half of the pages, or a part of them.
+    /// Returns the character for a cell: `hot` if at least half of its pages are hot, `partly_hot`
+    /// if at least one in [`PARTLY_HOT_SHARE`] is, and otherwise that for most of its pages.
     fn of(&self, counts: &Counts) -> char {
         if counts.hot * 2 >= counts.pages() && counts.hot > 0 {
             return self.hot;
         }
-        if counts.hot * PARTLY_HOT >= counts.pages() && counts.hot > 0 {
+        if counts.hot * PARTLY_HOT_SHARE >= counts.pages() && counts.hot > 0 {
             return self.partly_hot;
         }
         let kinds = [
@@ -171,7 +171,7 @@ impl fmt::Display for Drawing {
         add(alphabet.ancestor, map.total.ancestor, "in ancestors");
         add(alphabet.unavailable, map.total.unavailable, "unavailable");
         add(alphabet.hot, map.total.hot, "working set");
-        add(alphabet.partly_hot, map.total.hot, "a part of it");
+        add(alphabet.partly_hot, map.total.hot, "partly working set");
         writeln!(
             f,
             "map         each character is {} ({})",

@@ -160,7 +160,7 @@ pub(crate) fn restore(
     Ok(report)
 }
 
-/// Refuses to write to standard output, which the report goes to.
+/// Refuses files on standard output, which the report goes to.
 fn refuse_stdout(args: &args::Restore) -> Result<()> {
     let files = [("--record", &args.record), ("--run-json", &args.run_json)];
     for (option, file) in files {

@@ -60,8 +60,8 @@ impl Order {
             }
             if bytes.len() as u64 > MAX_LINE_BYTES || line > MAX_LINES {
                 bail!(
-                    "{}, line {line}: this is no list of pages, which has at most {MAX_LINES} lines \
-                     of at most {MAX_LINE_BYTES} bytes",
+                    "{}, line {line}: not a list of pages, which has at most {MAX_LINES} lines of \
+                     at most {MAX_LINE_BYTES} bytes",
                     named()
                 );
             }

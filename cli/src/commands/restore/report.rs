@@ -51,7 +51,7 @@ pub(crate) struct RestoreReport {
     /// The trace that was recorded.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) trace: Option<RecordingReport>,
-    /// Why the trace or the statistics could not be written.
+    /// The reasons why the trace or the statistics could not be written.
     #[serde(serialize_with = "texts", skip_serializing_if = "Vec::is_empty")]
     pub(super) unwritten: Vec<anyhow::Error>,
 }
@@ -150,6 +150,7 @@ impl RestoreReport {
     }
 }
 
+/// Serializes errors as texts with their sources.
 #[expect(clippy::ptr_arg, reason = "serde passes a reference to the field")]
 fn texts<S: Serializer>(errors: &Vec<anyhow::Error>, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_seq(errors.iter().map(|error| format!("{error:#}")))

@@ -9,7 +9,10 @@ use snapshot_format::SnapshotFile;
 
 use crate::names;
 
-/// A file for statistics, checked before the restore: a bad path costs no work.
+/// First part of the messages about the file.
+const CANNOT_WRITE: &str = "cannot write the statistics of the run";
+
+/// A file for statistics, checked before the restore, so that a bad path is found at once.
 pub(super) struct RunFile {
     path: PathBuf,
     /// A pipe or device that is open already. A regular file is created when it is written, so that
@@ -39,5 +42,3 @@ impl RunFile {
         file.commit().context(CANNOT_WRITE)
     }
 }
-
-const CANNOT_WRITE: &str = "cannot write the statistics of the run";

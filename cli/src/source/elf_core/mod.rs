@@ -102,11 +102,11 @@ impl ElfCore {
     fn in_regions(&self) -> impl Iterator<Item = (&Segment, bool)> {
         let before = std::iter::once(None).chain(self.segments.iter().map(Some));
         self.segments.iter().zip(before).map(|(segment, before)| {
-            let goes_on = before.is_some_and(|last| {
+            let continues = before.is_some_and(|last| {
                 last.end() == segment.start
                     && (self.kind.is_physical() || last.number == segment.number)
             });
-            (segment, !goes_on)
+            (segment, !continues)
         })
     }
 }

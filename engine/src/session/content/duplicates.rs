@@ -39,7 +39,7 @@ const END: u32 = u32::MAX;
 pub(crate) struct Duplicates {
     /// One bit per index block, set once the block was noted.
     seen: Box<[AtomicU64]>,
-    /// Pages that are not noted, by page number, once they are known.
+    /// The pages that are not noted, as disjoint ranges in order, once they are known.
     left_out: OnceLock<Box<[Range<PageNumber>]>>,
     table: Mutex<Table>,
 }
@@ -288,7 +288,7 @@ mod tests {
         let all: usize = noted_pages(&noted(&snapshot, 0..4)).len();
         assert_eq!(all, 1024);
         let notes = Duplicates::new(snapshot.block_count(), 1);
-        // Overlapping, and in any order; the last one ends in the middle of block 3.
+        // The ranges overlap, and are in no order. The last one ends in the middle of block 3.
         notes.leave_out(&[1600..1700, 1024..1030, 1020..1025, 1650..1660, 1690..1801]);
         for block in 0..4 {
             notes.note(block, &snapshot.index_block(block, Reason::Demand).unwrap());

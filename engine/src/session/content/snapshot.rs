@@ -40,7 +40,7 @@ pub(crate) struct SnapshotImage {
     shared: Option<Arc<SharedFrames>>,
     /// Frames that this session keeps while a recording runs, if it shares none.
     kept: Mutex<Option<Arc<SharedFrames>>>,
-    /// Whether there are any: checked for each frame without taking the lock.
+    /// Whether there are any in `kept`. Checked for each frame, without taking the lock.
     is_recording: AtomicBool,
     bytes_read: AtomicU64,
     bytes_decoded: AtomicU64,
@@ -200,7 +200,7 @@ impl SnapshotImage {
         Some(blocks.end)
     }
 
-    /// Leaves the pages of working sets out of those notes.
+    /// Leaves `pages`, those of working sets, out of the notes about duplicates.
     pub(crate) fn leave_out_of_notes(&self, pages: &[Range<PageNumber>]) {
         self.duplicates.leave_out(pages);
     }

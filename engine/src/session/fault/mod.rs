@@ -90,7 +90,7 @@ impl<P: Platform, I: Image> Session<P, I> {
             if self.complete_if_settled() {
                 return None;
             }
-            // Each touch faults.
+            // Each touch faults, so the next fault is near.
             if self.recorder.is_running() && self.poll_for_fault() {
                 continue;
             }
@@ -108,7 +108,8 @@ impl<P: Platform, I: Image> Session<P, I> {
         }
     }
 
-    /// Polls for a message for [`POLL_TIME`]. Returns whether to look for a fault again.
+    /// Polls for a message for [`POLL_TIME`]. Returns `true` as soon as there may be a fault to
+    /// serve, or the session ends.
     fn poll_for_fault(&self) -> bool {
         let until = Instant::now() + POLL_TIME;
         while Instant::now() < until {
