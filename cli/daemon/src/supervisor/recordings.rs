@@ -76,10 +76,19 @@ impl Supervisor {
         }
         let service = self.vms.get(id).map(super::vm::VmRecord::service);
         let folder = service.and_then(|service| self.services.record_folder(service));
-        let (Some(folder), Some(memfd)) = (folder, memfd) else {
-            let what = "its recording is lost: the VM ended before its trace arrived";
-            self.journal.vm_error(&label, what);
-            return;
+        let (folder, memfd) = match (folder, memfd) {
+            (Some(folder), Some(memfd)) => (folder, memfd),
+            (_, None) => {
+                let what = "its recording is lost: the worker sent no trace";
+                self.journal.vm_error(&label, what);
+                return;
+            }
+            (None, _) => {
+                let what = "its recording is lost: the VM had ended, or its service records no \
+                            more, when the trace arrived";
+                self.journal.vm_error(&label, what);
+                return;
+            }
         };
         let name = VmFileName::now(folder, &label, FILE_EXTENSION);
         let memfd = File::from(memfd);
