@@ -98,6 +98,16 @@ fn is_same(a: &Metadata, b: &Metadata) -> bool {
     holds_data && one_file || are_devices && a.rdev() == b.rdev()
 }
 
+/// Returns whether two targets, which need not exist, are one name in one folder.
+pub(crate) fn is_same_name(one: &Path, other: &Path) -> bool {
+    let place = |path: &Path| {
+        let path = std::path::absolute(path).ok()?;
+        let folder = fs::canonicalize(path.parent()?).ok()?;
+        Some((folder, path.file_name()?.to_owned()))
+    };
+    one == other || place(one).is_some_and(|place_of_one| Some(place_of_one) == place(other))
+}
+
 /// Adds the target's name to a write error, which the writer doesn't know.
 pub(crate) fn named(error: anyhow::Error, target: &Path) -> anyhow::Error {
     if matches!(error.downcast_ref(), Some(WriteError::Io { .. })) {

@@ -94,8 +94,9 @@ pub(crate) struct CtlComplete {
 ///
 /// Touches of pages that are present when the recording starts are not seen; the trace has their
 /// number. The recording ends by itself like those of `serve --record`, and waits for `stop` then.
-/// If the trace could not be written, repeat `stop`: the daemon keeps the trace until the VM is
-/// recorded again, or ends. If the VM ends before `stop`, its recording is lost.
+/// If the trace could not be written, repeat `stop`: the trace is kept until the VM is recorded
+/// again or ends, or the worker of the daemon does. If the VM ends before `stop`, its recording is
+/// lost.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct CtlRecord {
     /// Number of the VM

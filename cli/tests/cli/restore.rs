@@ -589,11 +589,14 @@ fn statistics_replace_no_file_that_is_read_or_needed() {
     }
     packed(&folder, 300);
     folder.write("order", b"7\n");
+    std::os::unix::fs::symlink(".", folder.file("link")).unwrap();
     let args = ["restore", "s", "--touch", "file:order", "--record", "t"];
     for (path, why) in [
         ("s", "is read to make the output"),
         ("order", "is read to make the output"),
         ("t", "name the same file"),
+        ("./t", "name the same file"),
+        ("link/t", "name the same file"),
     ] {
         let args = [&args[..], &["--run-json", path]].concat();
         run(&folder, &args).exits(2).says(&[why]);

@@ -106,7 +106,7 @@ fn operator_records_a_vm_from_now_on() {
         assert!(run.err.contains(why), "{}", run.err);
     };
     let stop = ["1", "stop", "--output", text(&trace)];
-    refused(&stop, "VM 1 was not recorded");
+    refused(&stop, "VM 1 has no recording");
     refused(&["9", "start"], "no VM 9");
     let _ = ctl(&["1", "start"]).exits(0);
     refused(&["1", "start"], "VM 1 has a recording already");

@@ -92,7 +92,9 @@ impl Supervisor {
         };
         let name = VmFileName::now(folder, &label, FILE_EXTENSION);
         let memfd = File::from(memfd);
-        self.write_vm_file(&label, "its recording is lost", move || {
+        let lost = "its trace is not in the folder; as long as the VM is served, `ctl record VM \
+                    stop` returns it";
+        self.write_vm_file(&label, lost, move || {
             let written = write_trace(&memfd, &name);
             written.map(Some).map_err(|error| Chain(&error).to_string())
         });

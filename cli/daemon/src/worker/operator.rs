@@ -84,8 +84,8 @@ impl Worker {
         }
         if lock(&self.ended).iter().any(|stats| stats.vm.id == vm) {
             return Err(format!(
-                "VM {vm} is no longer served, and its recording is gone; `serve --record DIR` keeps \
-                 those of all VMs"
+                "VM {vm} is no longer served, and cannot be recorded; `serve --record DIR` writes \
+                 the traces of all VMs"
             )
             .into());
         }
@@ -242,7 +242,8 @@ impl OperatorApi for Worker {
         match paged.recording() {
             Some(recording) => Recorded::new(vm, &recording.stop()),
             None => Err(format!(
-                "VM {vm} was not recorded; `snaprestore ctl record {vm} start` starts a recording"
+                "VM {vm} has no recording (it is lost with the worker that made it); `snaprestore \
+                 ctl record {vm} start` starts one"
             )
             .into()),
         }

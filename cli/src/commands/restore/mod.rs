@@ -202,7 +202,8 @@ fn refuse_run_json(path: &Path, args: &args::Restore, snapshot: &Snapshot) -> Re
     if let Touch::File(list) = &args.touch {
         target::refuse_source(path, list)?;
     }
-    if args.record.as_deref() == Some(path) {
+    let record = args.record.as_deref();
+    if record.is_some_and(|record| target::is_same_name(record, path)) {
         let text = "--record and --run-json name the same file; name two files to write";
         return Err(Refusal::Usage(text.into()).into());
     }
