@@ -110,7 +110,7 @@ pub(crate) struct NewerSettings {
     working_set: Option<String>,
     /// The value of [`Service::record`].
     record: Option<PathBuf>,
-    /// Whether the worker sends the record of each session.
+    /// Makes the worker send the record of each session, if set.
     pub(crate) run_records: bool,
 }
 
@@ -159,7 +159,7 @@ pub(crate) struct Facts {
     /// Number of workers that replaced a dead one.
     pub(crate) worker_restarts: u64,
     pub(crate) draining: bool,
-    /// Whether the supervisor knows messages about recordings. An older one would exit.
+    /// Support of the supervisor for messages about recordings. An older one would exit.
     #[serde(default)]
     pub(crate) knows_recordings: bool,
     /// Counts of VMs that have ended, by service.
@@ -185,7 +185,7 @@ pub(crate) enum FromWorker {
     Ready {
         /// The version of its program.
         version: String,
-        /// Whether its program knows the newer settings of services.
+        /// Support of its program for the newer settings of services.
         #[serde(default)]
         knows_newer: bool,
     },

@@ -3,16 +3,15 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
-use std::time::{Duration, SystemTime};
 
 use serde_json::{Value, json};
 use snaprestore_fixtures::images::Mix;
-use snapshot_format::trace::{Touch, TouchReason, Trace, TraceEnd};
-use snapshot_format::{RegionSpec, Snapshot, WorkingSetRun, Writer, WriterOptions};
+use snapshot_format::{RegionSpec, WorkingSetRun, Writer, WriterOptions};
 
 use crate::common::{Folder, noise, number, run};
 use crate::layers::{base, create, write_diff};
 use crate::restore::possible;
+use crate::working_sets::write_trace;
 
 mod browser;
 
@@ -115,25 +114,6 @@ fn agrees_with_info(folder: &Folder, file: &str, page: &str) {
     assert_eq!(sums[..6].iter().sum::<u64>(), number(&info, "pages"));
 }
 
-/// Writes a trace of touches of these pages, a millisecond apart.
-fn write_trace(folder: &Folder, file: &str, trace: &str, pages: impl Iterator<Item = u64>) {
-    let snapshot = Snapshot::open_path(folder.file(file)).unwrap();
-    let touch = |(number, page)| Touch {
-        page,
-        at: Duration::from_millis(number),
-        reason: TouchReason::Demand,
-    };
-    let trace_of = Trace {
-        content_digest: snapshot.summary().content_digest,
-        page_slots: snapshot.page_slots(),
-        begun: SystemTime::now(),
-        present_at_start: 5,
-        end: TraceEnd::Settled,
-        touches: (0..).zip(pages).map(touch).collect(),
-    };
-    trace_of.write_path(folder.file(trace), true).unwrap();
-}
-
 /// Writes a snapshot whose names are hostile.
 fn write_hostile(folder: &Folder, name: &str) {
     let options = WriterOptions {
@@ -203,13 +183,13 @@ fn trace_decides_what_is_hot() {
     let folder = Folder::new();
     base(&folder);
     let hot = || (0..300).map(|n| n * 7);
-    write_trace(&folder, "base.snap", "t", hot());
+    write_trace(&folder, "t", "base.snap", &hot().collect::<Vec<u64>>());
     let with_trace = page(&folder, "base.snap", &["--trace", "t"]);
     agrees_with_info(&folder, "base.snap", &with_trace);
     let shown = figures(&with_trace);
-    assert_eq!((shown["hot_pages"], shown["present_at_start"]), (300, 5));
+    assert_eq!((shown["hot_pages"], shown["present_at_start"]), (300, 7));
     for part in [
-        "300 first touches in 299 ms",
+        "300 first touches in 300 ms",
         "settled",
         "id=\"ct-touches\"",
     ] {
@@ -302,8 +282,9 @@ fn trace_and_run_of_other_memory_are_refused() {
     base(&folder);
     folder.write("other.raw", &Mix::new(600, 77).bytes());
     run(&folder, &["create", "other.raw", "-o", "other.snap"]).exits(0);
-    write_trace(&folder, "other.snap", "other.trace", 0..9);
-    write_trace(&folder, "base.snap", "t", 0..9);
+    let pages: Vec<u64> = (0..9).collect();
+    write_trace(&folder, "other.trace", "other.snap", &pages);
+    write_trace(&folder, "t", "base.snap", &pages);
     let trace = folder.read("t");
     folder.write("cut.trace", &trace[..trace.len() - 3]);
     let info = run(&folder, &["info", "base.snap", "--json"])
@@ -456,7 +437,7 @@ fn map_of_info_is_plain_text_in_a_pipe() {
     assert!(text.contains("% in ancestors"), "{text}");
 
     // A long legend takes two lines.
-    write_trace(&folder, "1.snap", "t", 5..30);
+    write_trace(&folder, "t", "1.snap", &(5..30).collect::<Vec<u64>>());
     let optimize = ["optimize", "1.snap", "--trace", "t", "-o", "1.snap"];
     run(&folder, &optimize).exits(0);
     let text = run(&folder, &["info", "1.snap", "--map"]).exits(0).text();

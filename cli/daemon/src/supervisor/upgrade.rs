@@ -18,7 +18,7 @@ pub(super) struct Upgrade {
     pub(super) number: u64,
     /// The time at which it became ready.
     pub(super) ready: Option<Instant>,
-    /// Whether its program knows the newer settings of services.
+    /// Support of its program for the newer settings of services.
     pub(super) knows_newer: bool,
 }
 

@@ -223,7 +223,7 @@ pub(crate) struct OpenService {
     pub(crate) service: Service,
     /// Number of files of the snapshot.
     pub(crate) layers: u64,
-    /// Whether the records of sessions are sent to the supervisor.
+    /// Sends the records of sessions to the supervisor, if set.
     run_records: bool,
     snapshot: Mutex<ServedSnapshot>,
 }

@@ -253,6 +253,16 @@ fn legend<'a>(out: &mut String, entries: impl Iterator<Item = (&'a str, &'a str)
 mod tests {
     use super::*;
 
+    fn chart() -> Chart<'static> {
+        Chart {
+            id: "x",
+            title: "title",
+            description: "description",
+            ends: ("a".into(), "b".into()),
+            shown: number,
+        }
+    }
+
     #[test]
     fn scale_covers_the_whole_length_and_does_not_overflow() {
         assert_eq!(scale(0, 0, 100), 0);
@@ -263,13 +273,7 @@ mod tests {
 
     #[test]
     fn single_count_is_seen_beside_a_million() {
-        let chart = Chart {
-            id: "x",
-            title: "title",
-            description: "description",
-            ends: ("a".into(), "b".into()),
-            shown: number,
-        };
+        let chart = chart();
         let mut out = String::new();
         let series = Series {
             class: "c",
@@ -285,13 +289,7 @@ mod tests {
 
     #[test]
     fn shades_of_a_scatter_plot_are_explained() {
-        let chart = Chart {
-            id: "x",
-            title: "title",
-            description: "description",
-            ends: ("a".into(), "b".into()),
-            shown: number,
-        };
+        let chart = chart();
         let plot = |counts: &[u64]| {
             let mut out = String::new();
             let fields = (0..)

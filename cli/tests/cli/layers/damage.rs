@@ -6,6 +6,18 @@ use super::{PAGE, PAGES, base, child, create, holds, write_diff};
 use crate::common::{Folder, Run, command, noise, number, run};
 use crate::restore::possible;
 
+/// Returns commands that read `child.snap`; the last one writes a child of it from `memory`.
+fn commands_on_child(memory: &'static str) -> [Vec<&'static str>; 6] {
+    [
+        vec!["info", "child.snap"],
+        vec!["verify", "child.snap"],
+        vec!["verify", "child.snap", "--chain"],
+        vec!["extract", "child.snap", "-o", "out"],
+        vec!["restore", "child.snap"],
+        vec!["create", memory, "--base", "child.snap", "-o", "out"],
+    ]
+}
+
 #[test]
 fn missing_ancestor_is_named_with_folders_and_remedy() {
     let folder = Folder::new();
@@ -14,15 +26,8 @@ fn missing_ancestor_is_named_with_folders_and_remedy() {
     fs::create_dir(folder.file("empty")).unwrap();
     fs::rename(folder.file("base.snap"), folder.file("old/renamed")).unwrap();
     let names = folder.names();
-    for args in [
-        &["info", "child.snap"][..],
-        &["verify", "child.snap"],
-        &["verify", "child.snap", "--chain"],
-        &["extract", "child.snap", "-o", "out"],
-        &["restore", "child.snap"],
-        &["create", "base.raw", "--base", "child.snap", "-o", "out"],
-    ] {
-        let told = run(&folder, &[args, &["--layers", "empty"]].concat()).exits(1);
+    for args in commands_on_child("base.raw") {
+        let told = run(&folder, &[&args[..], &["--layers", "empty"]].concat()).exits(1);
         told.says(&[
             "child.snap: is layered",
             &id,
@@ -139,15 +144,8 @@ fn each_lost_file_of_a_chain_is_an_error_by_name() {
             }
             let names = folder.names();
             let is_child = *victim == "child.snap";
-            for args in [
-                &["info", "child.snap"][..],
-                &["verify", "child.snap"],
-                &["verify", "child.snap", "--chain"],
-                &["extract", "child.snap", "-o", "out"],
-                &["restore", "child.snap"],
-                &["create", "diff", "--base", "child.snap", "-o", "out"],
-            ] {
-                let run = run(&folder, &[args, &["--layers", "empty"]].concat());
+            for args in commands_on_child("diff") {
+                let run = run(&folder, &[&args[..], &["--layers", "empty"]].concat());
                 let case = format!("{damage} {victim}: {args:?}");
                 if is_child && damage == "replaced" {
                     // Another good snapshot.

@@ -170,7 +170,8 @@ fn page_works_in_a_browser() {
     let mut memory = base(&folder);
     write_diff(&folder, "diff", &mut memory, (2, 60, 1));
     create(&folder, "diff", "base.snap", "1.snap", &[]);
-    write_trace(&folder, "1.snap", "t", (0..500).map(|n| n * 3));
+    let pages: Vec<u64> = (0..500).map(|n| n * 3).collect();
+    write_trace(&folder, "t", "1.snap", &pages);
     let html = page(&folder, "1.snap", &["--trace", "t"]);
     let info = run(&folder, &["info", "1.snap", "--json"]).exits(0).json();
     for (width, scheme) in [(1280, LIGHT), (400, DARK)] {

@@ -1,8 +1,8 @@
 //! A snapshot as the content source of a session.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, PoisonError, RwLock, Weak};
 
 use snapshot_format::layout::{
     MAX_FILL_RUNS, MAX_FRAME_SLOTS, MAX_LISTED_PAGES_PER_SLOT, PAGE_SIZE, PAGES_PER_BLOCK_U64,
@@ -39,9 +39,7 @@ pub(crate) struct SnapshotImage {
     /// Frames that other sessions of the snapshot have decoded.
     shared: Option<Arc<SharedFrames>>,
     /// Frames that this session keeps while a recording runs, if it shares none.
-    kept: Mutex<Option<Arc<SharedFrames>>>,
-    /// Whether there are any in `kept`. Checked for each frame, without taking the lock.
-    is_recording: AtomicBool,
+    kept: RwLock<Option<Arc<SharedFrames>>>,
     bytes_read: AtomicU64,
     bytes_decoded: AtomicU64,
 }
@@ -112,8 +110,7 @@ impl SnapshotImage {
             duplicates: Duplicates::new(snapshot.block_count(), 1 + snapshot.ancestors().len()),
             snapshot,
             shared: shared.map(Arc::new),
-            kept: Mutex::default(),
-            is_recording: AtomicBool::new(false),
+            kept: RwLock::default(),
             bytes_read: AtomicU64::new(0),
             bytes_decoded: AtomicU64::new(0),
         })
@@ -240,15 +237,12 @@ impl SnapshotImage {
     /// Returns the frames that were decoded earlier, if any are kept.
     fn frames(&self) -> Option<Arc<SharedFrames>> {
         let kept = || {
-            let is_recording = self.is_recording.load(Relaxed);
-            is_recording.then(|| self.kept().clone()).flatten()
+            self.kept
+                .read()
+                .unwrap_or_else(PoisonError::into_inner)
+                .clone()
         };
         self.shared.clone().or_else(kept)
-    }
-
-    /// Locks the frames of a recording, which are consistent after every statement.
-    fn kept(&self) -> MutexGuard<'_, Option<Arc<SharedFrames>>> {
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn decode_failure(&self, frame: &FrameRef, error: &FrameError) -> Failure {
@@ -488,8 +482,9 @@ impl Image for SnapshotImage {
             frames.keep_own(true);
             Arc::new(frames)
         });
-        let before = std::mem::replace(&mut *self.kept(), frames);
-        self.is_recording.store(keep, Relaxed);
+        let mut kept = self.kept.write().unwrap_or_else(PoisonError::into_inner);
+        let before = std::mem::replace(&mut *kept, frames);
+        drop(kept);
         drop(before);
     }
 
